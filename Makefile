@@ -1,0 +1,44 @@
+# Two commands on a fresh Debian 12: `make demo` and `make test`. Both install what they need.
+PYTHON ?= $(shell test -x /usr/bin/python3 && echo /usr/bin/python3 || echo python3)
+BIN    := .venv/bin
+PYTEST := $(BIN)/pytest
+
+APT_BUILD := clang llvm libbpf-dev libbpf1 make python3-venv
+APT_TEST  := gcc libc6-dev
+
+# Installs the packages that are missing, and says so only then.
+apt = @missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then echo "installing:" $$missing; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; fi
+
+.PHONY: help setup demo test lint bench soak test-vm clean
+help:
+	@grep -E '^## ' Makefile | sed 's/^## //'
+
+## setup    install what is needed and make .venv
+setup: apt-build $(BIN)/.installed
+.PHONY: apt-build apt-test
+apt-build:
+	$(call apt,$(APT_BUILD))
+apt-test:
+	$(call apt,$(APT_TEST))
+
+$(BIN)/.installed: pyproject.toml hatch_build.py | apt-build
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[receiver,aggregator,postgresql,dask,dev]'
+	touch $@
+
+# Objects are rebuilt when a source changed; the wheel's build hook does the same.
+bpf-objects: $(BIN)/.installed
+	@$(BIN)/python hatch_build.py >/dev/null
+.PHONY: bpf-objects
+
+## lint     ruff and mypy
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+## test     everything that CI runs
+test: setup apt-test bpf-objects lint
+	$(PYTEST)

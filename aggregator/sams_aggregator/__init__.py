@@ -1,0 +1,1 @@
+"""Turns archives into core-hours per software, reports and SAMS records."""

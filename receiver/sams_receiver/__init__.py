@@ -1,0 +1,1 @@
+"""Receives batches from nodes and archives them durably."""

@@ -1,0 +1,16 @@
+"""`sams-ebpf`: the collector's command line."""
+
+from __future__ import annotations
+
+import sys
+
+from sams_ebpf import cli, program
+
+
+def main() -> int:
+    """Console entry point."""
+    return program.run(cli.build)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

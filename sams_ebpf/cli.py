@@ -1,0 +1,33 @@
+"""Commands and options of `sams-ebpf`; each command lives in a module of its own.
+
+A command module is imported only when its command is chosen: a collector that runs
+beside every job does not carry the shipper's HTTP client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+
+
+def build() -> argparse.ArgumentParser:
+    """Make the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="sams-ebpf", description="Exact CPU accounting per executable for HPC jobs."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    dump = commands.add_parser("dump", help="show batches as JSON lines")
+    dump.add_argument("files", nargs="+", metavar="FILE", help="a batch file, or - for stdin")
+    dump.set_defaults(handler=_later("sams_ebpf.dump"))
+    return parser
+
+
+def _later(module: str, function: str = "command") -> Callable[[argparse.Namespace], int]:
+    def handler(arguments: argparse.Namespace) -> int:
+        command: Callable[[argparse.Namespace], int] = getattr(
+            importlib.import_module(module), function
+        )
+        return command(arguments)
+
+    return handler

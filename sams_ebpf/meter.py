@@ -1,0 +1,48 @@
+"""What measures a job: the interface that `bpf` and `proc` mode share."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import msgspec
+
+from sams_ebpf import wire
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """All counters of one job on this node at one moment, cumulative since the epoch began.
+
+    records: one per executable, rows with the flag OUTSIDE included.
+    cgroup_cpu_ns: the kernel's own counter of the job's cgroups, read around the
+        records, None where it keeps none; age_ns: how much older than the records.
+    unattributed_by: ns whose cause is known, by cause. lost: counted losses, by cause.
+    """
+
+    records: list[wire.Record]
+    cgroup_cpu_ns: int | None
+    age_ns: int = 0
+    unattributed_by: dict[str, int] = {}
+    lost: dict[str, int] = {}
+    processes: wire.Processes = wire.Processes()
+
+
+class Meter(Protocol):
+    """Measures one job from its creation until `close`."""
+
+    mode: Literal["bpf", "proc"]
+    loader: Literal["libbpf", "bcc"] | None
+    epoch: bytes
+    generation: int
+    begin_ns: int
+
+    def harvest(self) -> Snapshot:
+        """Read every counter now; wakes nobody and changes nothing that is counted."""
+        ...
+
+    def live(self) -> int:
+        """Count the live processes (tgids) of the job; 0 starts the grace period."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything this meter made in the kernel or on disk for the job."""
+        ...

@@ -1,0 +1,65 @@
+"""What every program of the product shares: its log, its version, its one exception boundary."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from sams_ebpf import __version__
+from sams_ebpf.errors import SamsError
+
+# sd-daemon(3): the journal reads a priority from the start of a line.
+_PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, program: str, context: str, *, journal: bool) -> None:
+        super().__init__()
+        self._head = f"{program}{f' {context}' if context else ''}: "
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = " ".join(record.getMessage().split("\n"))
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        priority = f"<{_PRIORITY.get(record.levelno, 5)}>" if self._journal else ""
+        return f"{priority}{self._head}{text}"
+
+
+def start_log(program: str, context: str = "", *, verbose: bool = False) -> None:
+    """Send log lines to stderr, headed by program and context ("job=1 node=n1")."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(program, context, journal="JOURNAL_STREAM" in os.environ))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def run(
+    build: Callable[[], argparse.ArgumentParser],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse, call the parser's `handler(arguments) -> int`, and turn errors into one line.
+
+    The only place of a program that catches what nobody else did. Every subcommand
+    sets `handler` with `set_defaults`.
+    """
+    parser = build()
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    arguments = parser.parse_args(argv)
+    start_log(parser.prog)
+    handler: Callable[[argparse.Namespace], int] = arguments.handler
+    try:
+        return handler(arguments)
+    except SamsError as error:
+        logging.getLogger(parser.prog).error("%s", error)
+        return error.exit_status
+    except BrokenPipeError:
+        # The reader of our output has gone (`… | head`); so may we.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,108 @@
+"""Strict reading of the site's one YAML file: a section per part, unknown keys refused.
+
+Each program describes the sections it uses as one frozen `msgspec.Struct` with
+`forbid_unknown_fields`, and leaves the other programs' sections alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from sams_ebpf.errors import UsageError
+
+SECTIONS = ("site", "collector", "spool", "ship", "receiver", "aggregator", "software")
+MAX_BYTES = 16 << 20
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def load(path: Path, model: type[T]) -> T:
+    """Read `path` into `model`, a Struct whose fields are sections.
+
+    Raises UsageError with one line that names the file, the key and the fix.
+    """
+    document = read_yaml(path)
+    if document is None:
+        document = {}
+    if not isinstance(document, dict):
+        raise UsageError(f"{path}: the top level has to be a mapping of sections")
+    for name in document:
+        if name not in SECTIONS:
+            raise UsageError(f"{path}: {name}: unknown section{_hint(str(name), SECTIONS)}")
+    wanted = {
+        key: value
+        for key, value in document.items()
+        if key in model.__struct_fields__ and value is not None
+    }
+    return convert(wanted, model, str(path))
+
+
+def read_yaml(path: Path) -> Any:  # noqa: ANN401
+    """Parse one YAML document, or raise UsageError with file and line."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(text) > MAX_BYTES:
+        raise UsageError(f"{path}: larger than {MAX_BYTES} bytes")
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        raise UsageError(f"{where}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid YAML: {error!s:.200}") from error
+
+
+def convert(document: object, model: type[T], where: str) -> T:
+    """Turn plain YAML data into `model`; UsageError names the key within `where`."""
+    try:
+        return msgspec.convert(document, model, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{where}: {_explain(str(error), model)}") from error
+
+
+def _decode(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(kind)
+
+
+def _explain(message: str, model: type[msgspec.Struct]) -> str:
+    text, _, place = message.partition(" - at `")
+    key = place.rstrip("`").removeprefix("$").lstrip(".")
+    unknown = re.match(r"Object contains unknown field `(.*)`", text, re.DOTALL)
+    if unknown is None:
+        return f"{key or 'document'}: {text}"
+    name = unknown.group(1)
+    known = _fields_at(model, key)
+    return f"{f'{key}.{name}' if key else name}: unknown key{_hint(name, known)}"
+
+
+def _fields_at(model: type[msgspec.Struct], key: str) -> tuple[str, ...]:
+    """Names of the fields of the struct that stands at a dotted key below model."""
+    info: Any = msgspec.inspect.type_info(model)
+    for part in re.split(r"\.|\[", key) if key else ():
+        if part.endswith("]"):
+            info = getattr(info, "item_type", getattr(info, "value_type", None))
+        else:
+            found = [f.type for f in getattr(info, "fields", ()) if f.encode_name == part]
+            info = found[0] if found else None
+        if isinstance(info, msgspec.inspect.UnionType):
+            structs = [t for t in info.types if isinstance(t, msgspec.inspect.StructType)]
+            info = structs[0] if structs else None
+    return tuple(field.encode_name for field in getattr(info, "fields", ()))
+
+
+def _hint(name: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""

@@ -89,8 +89,8 @@ def _explain(message: str, model: type[msgspec.Struct]) -> str:
 def _fields_at(model: type[msgspec.Struct], key: str) -> tuple[str, ...]:
     """Names of the fields of the struct that stands at a dotted key below model."""
     info: Any = msgspec.inspect.type_info(model)
-    for part in re.split(r"\.|\[", key) if key else ():
-        if part.endswith("]"):
+    for part in re.findall(r"\[\.\.\.\]|\[\d+\]|[^.\[]+", key):
+        if part.startswith("["):
             info = getattr(info, "item_type", getattr(info, "value_type", None))
         else:
             found = [f.type for f in getattr(info, "fields", ()) if f.encode_name == part]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 
 def build() -> argparse.ArgumentParser:
@@ -20,7 +21,28 @@ def build() -> argparse.ArgumentParser:
     dump = commands.add_parser("dump", help="show batches as JSON lines")
     dump.add_argument("files", nargs="+", metavar="FILE", help="a batch file, or - for stdin")
     dump.set_defaults(handler=_later("sams_ebpf.dump"))
+    check = commands.add_parser("check-config", help="check a configuration file and exit")
+    _config(check)
+    check.set_defaults(handler=_later("sams_ebpf.check_config"))
+    ship = commands.add_parser(
+        "ship",
+        help="send the spool to the receivers",
+        description="Send what waits in this node's spool to the configured receivers, and "
+        "delete what all of them have. Runs until SIGTERM; needs no privileges but the spool.",
+    )
+    _config(ship)
+    ship.add_argument("--once", action="store_true", help="try each batch once, then exit")
+    ship.set_defaults(handler=_later("sams_ebpf.ship"))
     return parser
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the site's configuration (default: /etc/sams-ebpf/config.yaml, if there)",
+    )
 
 
 def _later(module: str, function: str = "command") -> Callable[[argparse.Namespace], int]:

@@ -55,7 +55,7 @@ def main() -> int:
 
 def run(name: str) -> section.Section:
     """Run one benchmark by the name of its module."""
-    return cast(section.Benchmark, importlib.import_module(f"bench.{name}")).run()
+    return cast("section.Benchmark", importlib.import_module(f"bench.{name}")).run()
 
 
 def _stamp(took_s: float) -> str:

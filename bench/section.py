@@ -69,7 +69,7 @@ def join(head: str, sections: dict[str, str]) -> str:
 
 def _show(cell: Cell) -> str:
     if cell is None:
-        return "–"
+        return "-"
     if isinstance(cell, float):
         return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
     if isinstance(cell, int):

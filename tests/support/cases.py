@@ -24,7 +24,8 @@ class Case:
     """A process shape.
 
     before: runs before the collector is there. counts: forks, execs and exits are known
-    exactly; else only that they balance. entered: at least how many came in is. quota, total_entries: see `jobs.Options`.
+    exactly; else only that they balance. entered: at least how many came in is.
+    quota, total_entries: see `jobs.Options`.
     """
 
     name: str

@@ -48,7 +48,13 @@ class Collector:
     """One life of `sams-ebpf collect`, up to its end or its death."""
 
     def __init__(
-        self, cgroup: Path, folder: Path, job_id: int, options: Options = Options()
+        self,
+        cgroup: Path,
+        folder: Path,
+        job_id: int,
+        options: Options = Options(),
+        *,
+        wait: bool = True,
     ) -> None:
         self.spool = folder / "spool"
         self.spool.mkdir(exist_ok=True)
@@ -68,7 +74,8 @@ class Collector:
                 stderr=log,
                 env=os.environ | {"NOTIFY_SOCKET": str(address)},
             )
-            self._wait_ready(ready)
+            if wait:
+                self._wait_ready(ready)
         self.start_ns = time.monotonic_ns() - self.began_ns
 
     def _wait_ready(self, ready: socket.socket) -> None:

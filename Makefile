@@ -5,6 +5,8 @@ PYTEST := $(BIN)/pytest
 
 APT_BUILD := clang llvm libbpf-dev libbpf1 make python3-venv
 APT_TEST  := gcc libc6-dev
+# The testbed: systemd and Slurm in namespaces of their own.
+APT_TEST  += systemd dbus iproute2 util-linux slurmctld slurmd slurm-client munge
 
 # Installs the packages that are missing, and says so only then.
 apt = @missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \

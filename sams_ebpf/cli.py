@@ -23,6 +23,18 @@ def build() -> argparse.ArgumentParser:
     dump = commands.add_parser("dump", help="show batches as JSON lines")
     dump.add_argument("files", nargs="+", metavar="FILE", help="a batch file, or - for stdin")
     dump.set_defaults(handler=_later("sams_ebpf.dump"))
+    check = commands.add_parser("check-config", help="check a configuration file and exit")
+    _config(check)
+    check.set_defaults(handler=_later("sams_ebpf.check_config"))
+    ship = commands.add_parser(
+        "ship",
+        help="send the spool to the receivers",
+        description="Send what waits in this node's spool to the configured receivers, and "
+        "delete what all of them have. Runs until SIGTERM; needs no privileges but the spool.",
+    )
+    _config(ship)
+    ship.add_argument("--once", action="store_true", help="try each batch once, then exit")
+    ship.set_defaults(handler=_later("sams_ebpf.ship"))
     _units(commands.add_parser("install-units", help="put systemd units and Slurm hooks in place"))
     _status(commands.add_parser("status", help="show jobs, spool and programs of this node"))
     return parser
@@ -53,11 +65,18 @@ def _units(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help=f"configuration (default: {CONFIG})"
-    )
+    _config(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
     parser.set_defaults(handler=_later("sams_ebpf.status"))
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the site's configuration (default: " + CONFIG + ", if there)",
+    )
 
 
 def _later(module: str, function: str = "command") -> Callable[[argparse.Namespace], int]:

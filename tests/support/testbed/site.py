@@ -83,11 +83,16 @@ class Site:
     def configure(self, **collector: object) -> None:
         """Write the site's configuration file."""
         name, host = self.machine.name, self.machine.hostname
-        parents = (
-            f"/{name}/slurm_{host}",
-            f"/{name}/system.slice/{host}_slurmstepd.scope",
-        )
-        section = {"cgroup_parents": list(parents), **collector}
+        parents = [
+            f"/{name}/{parent}"
+            for parent in (
+                "slurm",
+                f"slurm_{host}",
+                "system.slice/slurmstepd.scope",
+                f"system.slice/{host}_slurmstepd.scope",
+            )
+        ]
+        section = {"cgroup_parents": parents, **collector}
         # JSON is YAML.
         self.machine.write(CONFIG, json.dumps({"collector": section}))
 

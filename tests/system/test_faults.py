@@ -190,6 +190,18 @@ def test_bpf_refused(node: Site) -> None:
     assert "proc" in lines[0]
 
 
+@pytest.mark.usefixtures("drop_in")
+def test_hangup_before_the_collector_could_hear_it(node: Site) -> None:
+    """As of a job that ends while Python still starts: another run closes the job."""
+    override(node, "ExecStart=\nExecStart=/bin/sleep 1000")
+    job, figures = run_job(node)
+    run = node.one(job)
+    assert run.execs(f"{BIN}/short") == figures["short"]
+    assert len(run.finals) == 1
+    assert run.claims.user == USER
+    assert node.units() == []
+
+
 def test_reboot_closes_what_was_open(node: Site) -> None:
     """The state folder as a crash leaves it: an open epoch, of a boot that is over."""
     node.configure(interval_s=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from testbed import USER, wait_for
-from testbed.product import BIN, PROGRAM
+from testbed.product import BIN, HOOKS, PROGRAM
 from testbed.site import JOBS, SPOOL, WORK, Site, printed
 from testbed.slurm import Slurm
 
@@ -106,6 +106,35 @@ def test_killed_slurm_daemons_close_the_job_with_what_is_known(node: Site) -> No
     node.machine.systemctl("restart", "slurmd")
     node.machine.run(["scontrol", "update", f"nodename={node.machine.hostname}", "state=resume"])
     node.slurm.wait_idle()
+
+
+def test_run_requeued_after_an_epilog_that_never_ran(node: Site) -> None:
+    """The old run's unit is still there when the new run begins; each has what is its own."""
+    epilog = node.machine.path(f"{HOOKS}/epilog.sh")
+    text = epilog.read_text()
+    epilog.write_text("#!/bin/sh\n")
+    count = "short=${SLURM_RESTART_COUNT:-7}"
+    end = '[ -n "$SLURM_RESTART_COUNT" ] || sleep 300'
+    script = (
+        f"#!/bin/bash\n{WORK} {count} burn=200 | tee /tmp/lost-${{SLURM_RESTART_COUNT:-0}}\n{end}\n"
+    )
+    try:
+        job, _ = started(node, script, "--requeue")
+        figures = node.machine.path("/tmp/lost-0")
+        wait_for("the first run", lambda: figures.exists() and figures.read_text().endswith("}\n"))
+        node.machine.run(["scontrol", "requeue", str(job)])
+        wait_for("the requeue", lambda: node.slurm.jobs()[str(job)] == "PENDING")
+    finally:
+        epilog.write_text(text)
+    assert node.units() == [f"sams-ebpf@{job}.service"]
+    node.slurm.wait(job)
+    node.wait_final(job, runs=2)
+    first, second = node.of(job)
+    assert (first.claims.restart_count, second.claims.restart_count) == (0, 1)
+    for number, run in enumerate((first, second)):
+        truth = printed(node.machine.path(f"/tmp/lost-{number}").read_text())
+        assert run.execs(f"{BIN}/short") == truth["short"], node.report(job)
+        assert abs(run.cpu_ns(f"{BIN}/") - truth["cpu_us"] * 1000) <= 5_000_000
 
 
 def printed_yet(node: Site, job: int) -> bool:

@@ -163,10 +163,6 @@ class Map:
         os.close(self.fd)
 
 
-class _BpfMapInfo(ctypes.Structure):
-    _fields_ = (("type", _U32), ("id", _U32), ("key_size", _U32), ("value_size", _U32))
-
-
 def open_map(path: Path) -> Map:
     """Open a pinned map. Raises BpfError if it is not there."""
     fd = _check(library().bpf_obj_get(os.fsencode(path)), f"{path}: cannot be opened")
@@ -189,6 +185,14 @@ def attach_raw_tracepoint(name: str, program_fd: int) -> int:
     """Run the program at a tracepoint; descriptor of the link."""
     what = f"tracepoint {name}: cannot be attached to"
     return _check(library().bpf_raw_tracepoint_open(name.encode(), program_fd), what)
+
+
+def mount(source: bytes, target: Path, kind: bytes) -> int:
+    """Mount a file system; 0, or the errno."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(source, os.fsencode(target), kind, 0, None) == 0:
+        return 0
+    return ctypes.get_errno()
 
 
 class _LinkOptions(ctypes.Structure):  # struct bpf_link_create_opts of libbpf

@@ -85,7 +85,7 @@ class Outbox:
             for folder in (self._own, self._rejected_folder):
                 folder.mkdir(mode=0o750, exist_ok=True)
             self._lock_fd = os.open(
-                self._own / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640
+                self._own / "lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o640
             )
         except OSError as error:
             raise UsageError(

@@ -19,7 +19,8 @@ from typing import Final, Literal
 import msgspec
 
 from sams_ebpf import bpf, layout
-from sams_ebpf.cgroups import Hierarchy
+from sams_ebpf.cgroups import Hierarchy, mounted
+from sams_ebpf.host import Attempt
 
 OBJECT: Final = "accounting.bpf.o"
 TRACEPOINTS: Final = {
@@ -118,6 +119,21 @@ def object_bytes() -> bytes:
         raise bpf.BpfError(
             f"{error.filename}: missing; the package was not built whole"
         ) from error
+
+
+def attempt(loader: Literal["libbpf", "bcc"]) -> Attempt:
+    """Load and attach a small private set, and let go of it: does it work here?"""
+    hierarchies = [h for h in mounted() if h.version == 2 or "cpuacct" in h.controllers]
+    try:
+        if loader != "libbpf":
+            raise bpf.BpfError("this version has no loader with BCC")
+        if not hierarchies:
+            raise bpf.BpfError("no cgroup tree that can be accounted is mounted")
+        began = time.monotonic()
+        load(Options(hierarchy=hierarchies[0], tasks=64, executables=64, cgroups=64)).close()
+    except bpf.BpfError as error:
+        return Attempt(loader, False, str(error))
+    return Attempt(loader, True, f"in {(time.monotonic() - began) * 1000:.0f} ms")
 
 
 def abi(options: Options) -> str:

@@ -5,6 +5,7 @@ PYTEST := $(BIN)/pytest
 
 APT_BUILD := clang llvm libbpf-dev libbpf1 make python3-venv
 APT_TEST  := gcc libc6-dev
+APT_TEST  += nginx-light openssl e2fsprogs
 APT_BENCH := acct bpftrace libbpf-tools
 
 # Installs the packages that are missing, and says so only then.

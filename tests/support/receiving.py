@@ -61,13 +61,15 @@ class Receiver:
         self.ports: list[int] = []
         self._read_from = 0
 
-    def start(self, *, prefix: tuple[str, ...] = (), **environment: str) -> Receiver:
+    def start(
+        self, *, prefix: tuple[str, ...] = (), module: str = "sams_receiver", **environment: str
+    ) -> Receiver:
         """Start and wait until it listens everywhere."""
         self.config.write_text(yaml.safe_dump({"receiver": self.section}))
         self._read_from = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "sams_receiver", "serve",
+                [*prefix, sys.executable, "-m", module, "serve",
                  "--config", str(self.config)],
                 stderr=log, env={**os.environ, **environment},
             )  # fmt: skip

@@ -30,5 +30,5 @@ class FilePerBatch(Store):
 
 
 if __name__ == "__main__":
-    serve.Store = FilePerBatch  # type: ignore[misc, attr-defined]
+    serve.Store = FilePerBatch  # type: ignore[attr-defined]
     sys.exit(program.main())

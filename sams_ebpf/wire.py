@@ -268,6 +268,17 @@ def decode(data: bytes | memoryview) -> Batch:
     return Batch(**values, records=records)
 
 
+def check(data: bytes | memoryview) -> Header:
+    """Read and check one batch in full, records included, and keep its header."""
+    document = _take(_document, data)
+    raw = document.records
+    if document.fields == FIELDS:
+        _parse(_records, raw)
+    else:
+        _reorder(_parse(_rows, raw), document.fields)
+    return document
+
+
 def decode_header(data: bytes | memoryview) -> Header:
     """Read and check everything but the records, which are only skipped over."""
     return _take(_header, data)

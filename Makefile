@@ -5,7 +5,10 @@ PYTEST := $(BIN)/pytest
 
 APT_BUILD := clang llvm libbpf-dev libbpf1 make python3-venv
 APT_TEST  := gcc libc6-dev
-APT_TEST  += iptables iproute2 openssl util-linux
+# The testbed: systemd and Slurm in namespaces of their own.
+APT_TEST  += systemd dbus iproute2 util-linux slurmctld slurmd slurm-client munge
+# A lossy link, certificates.
+APT_TEST  += iptables openssl
 APT_BENCH := acct bpftrace libbpf-tools
 
 # Installs the packages that are missing, and says so only then.

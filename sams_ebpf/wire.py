@@ -288,6 +288,17 @@ def decode_rows(data: bytes | memoryview) -> list[Row]:
     return [msgspec.structs.astuple(record) for record in decode(data).records]
 
 
+def check(data: bytes | memoryview) -> Header:
+    """Read and check one batch in full, records included, and keep its header."""
+    document = _take(_document, data)
+    raw = document.records
+    if document.fields == FIELDS:
+        _parse(_records, raw)
+    else:
+        _reorder(_parse(_rows, raw), document.fields)
+    return document
+
+
 def decode_header(data: bytes | memoryview) -> Header:
     """Read and check everything but the records, which are only skipped over."""
     return _take(_header, data)

@@ -632,8 +632,7 @@ class _Reader:
     def _regex(self, pattern: str, keys: tuple[str | int, ...], label: str) -> re.Pattern[str]:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                warnings.simplefilter("ignore", DeprecationWarning)
+                warnings.simplefilter("ignore")  # of spellings that may change one day
                 return re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise self._error(keys, f"{label}broken regexp {pattern!r}: {error}") from error

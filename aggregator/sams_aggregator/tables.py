@@ -8,6 +8,7 @@ stay bytes.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -144,10 +145,10 @@ def expression(source: str, kind: str, name: str) -> str:
 class SetWriter:
     """Writes one set; nothing of it can be seen before `finish`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         self._folder = folder
-        self.name = secrets.token_hex(12)
-        self._temporary = folder / f"{TEMPORARY}{self.name}"
+        self.name = name or secrets.token_hex(12)
+        self._temporary = folder / f"{TEMPORARY}{secrets.token_hex(12)}"
         self._temporary.mkdir(mode=0o750)
         self.tables: list[str] = []
 
@@ -172,7 +173,13 @@ class SetWriter:
             finally:
                 os.close(fd)
         durable.sync_folder(self._temporary)
-        self._temporary.rename(self._folder / self.name)
+        try:
+            self._temporary.rename(self._folder / self.name)
+        except OSError as error:
+            # Another process has made the same in the meantime.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            self.abandon()
         durable.sync_folder(self._folder)
         return total
 

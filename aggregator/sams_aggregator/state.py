@@ -88,12 +88,14 @@ rules = sa.Table(
     sa.Column("version", sa.Text, primary_key=True),
     sa.Column("used_ns", sa.BigInteger, nullable=False),
 )
-# SAMS records: the files to be written, byte for byte, and what was sent for each record.
+# SAMS records: the files to be written, byte for byte, with what is to be remembered of
+# each of their records once they are written; and what was sent for each record.
 outbox = sa.Table(
     "outbox",
     metadata,
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("records", sa.Text, nullable=False),
     sa.Column("created_ns", sa.BigInteger, nullable=False),
     sa.Column("written_ns", sa.BigInteger),
 )

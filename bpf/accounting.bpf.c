@@ -76,7 +76,7 @@ static __always_inline void leave(u64 begin)
 
 static __always_inline u64 cgroup_of(struct task_struct *task)
 {
-	struct cgroup *cgroup = task_cgroup(task, option_ssid);
+	struct cgroup *cgroup = task_cgroup(task, option_controller);
 
 	return cgroup ? cgroup_kernfs_id(cgroup) : 0;
 }

@@ -8,6 +8,7 @@
 #define SAMS_KERNEL_COMPAT_H
 
 #include "kernel_types.h"
+#include "record.h"
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_helpers.h>
 
@@ -94,16 +95,51 @@ static __always_inline u64 cgroup_kernfs_id(struct cgroup *cgroup)
 	return node ? READ(node, id) : 0;
 }
 
-/* ssid: index of a v1 controller in css_set.subsys, negative for the v2 hierarchy. */
-static __always_inline struct cgroup *task_cgroup(struct task_struct *task, int ssid)
+/* Place of a v1 controller in css_set.subsys, negative for the v2 tree and for a controller
+ * that this kernel was built without. */
+#define SSID(name)                                                                  \
+	(bpf_core_enum_value_exists(enum cgroup_subsys_id, name##_cgrp_id) ?        \
+		 (int)bpf_core_enum_value(enum cgroup_subsys_id, name##_cgrp_id) : \
+		 -1)
+
+static __always_inline int ssid_of(u32 controller)
+{
+	switch (controller) {
+	case SAMS_CPUACCT:
+		return SSID(cpuacct);
+	case SAMS_CPU_CONTROLLER:
+		return SSID(cpu);
+	case SAMS_CPUSET:
+		return SSID(cpuset);
+	case SAMS_MEMORY:
+		return SSID(memory);
+	case SAMS_DEVICES:
+		return SSID(devices);
+	case SAMS_FREEZER:
+		return SSID(freezer);
+	case SAMS_PIDS:
+		return SSID(pids);
+	case SAMS_BLKIO:
+		return SSID(io);
+	default:
+		return -1;
+	}
+}
+
+/* The cgroup of a task in the tree of `controller`. */
+static __always_inline struct cgroup *task_cgroup(struct task_struct *task, u32 controller)
 {
 	struct css_set *set = READ(task, cgroups);
 	struct cgroup_subsys_state *css = 0;
+	int ssid;
 
 	if (!set)
 		return 0;
-	if (ssid < 0)
+	if (controller == SAMS_V2)
 		return READ(set, dfl_cgrp);
+	ssid = ssid_of(controller);
+	if (ssid < 0)
+		return 0;
 	bpf_probe_read_kernel(&css, sizeof(css),
 			      (char *)set + bpf_core_field_offset(struct css_set, subsys) +
 				      (ssid & 15) * sizeof(css));

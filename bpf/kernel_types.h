@@ -161,6 +161,18 @@ struct task_struct {
 	struct task_io_accounting ioac;
 };
 
+/* The numbers are those of the running kernel, found by name. */
+enum cgroup_subsys_id {
+	cpuset_cgrp_id,
+	cpu_cgrp_id,
+	cpuacct_cgrp_id,
+	io_cgrp_id,
+	memory_cgrp_id,
+	devices_cgrp_id,
+	freezer_cgrp_id,
+	pids_cgrp_id,
+};
+
 struct linux_binprm {
 	const char *filename;
 	const char *interp;

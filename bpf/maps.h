@@ -113,7 +113,7 @@ struct {
 } clocks SEC(".maps");
 
 /* Options, set by the loader before the programs are loaded; constant from then on. */
-OPTION(s32, option_ssid, -1);	     /* v1 controller's index, negative: the v2 hierarchy */
+OPTION(u32, option_controller, 0);   /* whose tree: enum sams_controller */
 OPTION(s32, option_hierarchy, 0);    /* its id, as in /proc/PID/cgroup */
 OPTION(u32, option_quota, 1024);     /* executables per slot */
 OPTION(u32, option_host_mounts, 0);  /* inode of the host's mount namespace, 0: unknown */

@@ -38,6 +38,19 @@ enum sams_slot_state {
 	SAMS_SLOT_USED = 1,
 };
 
+/* Which tree of cgroups is accounted: v2, or that of a v1 controller. */
+enum sams_controller {
+	SAMS_V2,
+	SAMS_CPUACCT,
+	SAMS_CPU_CONTROLLER,
+	SAMS_CPUSET,
+	SAMS_MEMORY,
+	SAMS_DEVICES,
+	SAMS_FREEZER,
+	SAMS_PIDS,
+	SAMS_BLKIO,
+};
+
 /* Causes of counted losses; the order is that of `lost` in a slot. */
 enum sams_lost {
 	SAMS_LOST_TASKS_FULL,	    /* tasks without a row: their CPU went to the overflow row */
@@ -158,6 +171,8 @@ struct sams_split {
 struct sams_node {
 	__u32 tripped; /* the programs took more than their limit and are off */
 	__u32 closed;  /* a newer set takes the new jobs */
+	__u32 stay;    /* loaded to stay until `unload`, jobs or not */
+	__u32 zero;
 	__u64 slots_full;
 };
 

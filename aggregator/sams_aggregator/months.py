@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 from sams_ebpf.errors import UsageError
 
 SECOND = 1_000_000_000
-_FIRST, _LAST = 1970, 2262  # what nanoseconds in an int64 can say
+_FIRST, _LAST = 1970, 2261  # what nanoseconds in an int64 can say
 _MONTH = re.compile(r"(\d{4})-(\d{2})")
 
 

@@ -7,7 +7,7 @@ is one. Of two reports of one run on one node the one with the later end stands.
 from __future__ import annotations
 
 import datetime as dt
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from typing import Final
 from zoneinfo import ZoneInfo
 
@@ -59,9 +59,7 @@ def batch(
         end_ns=report.end_s * SECOND,
         full=True,
         final=wire.Closing(reason="sams-json", live=0),
-        ledger=wire.Ledger(
-            cgroup_cpu_ns=None, attributed_cpu_ns=total, unattributed_cpu_ns=None
-        ),
+        ledger=wire.Ledger(cgroup_cpu_ns=None, attributed_cpu_ns=total, unattributed_cpu_ns=None),
         executables=len(records),
         fields=wire.FIELDS,
         records=records,
@@ -75,3 +73,28 @@ def start_of(text: str, zone: str) -> int | None:
         return max(0, int(moment.timestamp())) * SECOND
     except ValueError:
         return None
+
+
+class _Held(msgspec.Struct, frozen=True):
+    """What the archive keeps of one report."""
+
+    cluster: str | None
+    digest: bytes
+    body: bytes
+
+
+_held = msgspec.msgpack.Decoder(_Held)
+
+
+def frame_of(body: bytes, cluster: str | None) -> bytes:
+    """Give the archive payload of a report read from a folder."""
+    return msgspec.msgpack.encode(_Held(cluster, sha256(body).digest(), body))
+
+
+def batch_of_frame(data: bytes, cluster: str | None, zone: str) -> wire.Batch:
+    """Give the batch of a report as the archive keeps it. Raises SamsJsonError or WireError."""
+    try:
+        held = _held.decode(data)
+    except msgspec.MsgspecError as error:
+        raise wire.WireError(f"not an archived report: {error}") from error
+    return batch(sams_json.parse(held.body), held.cluster or cluster, zone, held.digest)

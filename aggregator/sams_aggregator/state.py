@@ -20,7 +20,7 @@ from sams_aggregator import config as cfg
 from sams_ebpf.errors import SamsError, UsageError
 
 BUSY_TIMEOUT_S: Final = 120
-_LOCK_KEY: Final = 0x53414D53  # PostgreSQL: one migration at a time
+_LOCK_KEY: Final = 0x53414D53  # PostgreSQL: one writing transaction at a time
 
 metadata = sa.MetaData()
 
@@ -145,12 +145,14 @@ class State:
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[sa.Connection]:
-        """One transaction; on SQLite it holds the write lock from its start.
+        """One transaction; writers wait for each other from its start, on every database.
 
         Raises StateError for what the database reports.
         """
         try:
             with self.engine.begin() as connection:
+                if not self.sqlite:
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
                 yield connection
         except sa.exc.SQLAlchemyError as error:
             raise StateError(f"{self.where}: {_reason(error)}") from error
@@ -204,8 +206,6 @@ def migrate(state: State) -> None:
     """Bring the schema up to date. A newer schema than this program's is refused."""
     latest = MIGRATIONS[-1][0]
     with state.begin() as connection:
-        if not state.sqlite:
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
         migrations.create(connection, checkfirst=True)
         done = set(connection.scalars(sa.select(migrations.c.version)))
         if done and max(done) > latest:

@@ -1,3 +1,4 @@
+# ruff: noqa: S608 - names of columns come from the schema, names of files are quoted
 """The fact tables: their columns, and how rows of plain Python become Parquet files.
 
 A set is a folder with one Parquet file per table that has rows. It is written under a
@@ -7,13 +8,14 @@ stay bytes.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import duckdb
 import numpy as np
@@ -109,15 +111,13 @@ def connect(*, threads: int | None = None, memory: str | None = None) -> Any:  #
         options["threads"] = threads
     if memory is not None:
         options["memory_limit"] = memory
-    connection = duckdb.connect(":memory:", config=options)
-    return connection
+    return duckdb.connect(":memory:", config=options)
 
 
 def integers(values: Sequence[int | None]) -> Column:
     """A column of int64; None becomes NULL."""
-    if None in values:
-        values = [NULL if value is None else value for value in values]
-    return np.frombuffer(array("q", values), dtype=np.int64)  # type: ignore[arg-type]
+    plain = [NULL if value is None else value for value in values] if None in values else values
+    return np.frombuffer(array("q", cast("Sequence[int]", plain)), dtype=np.int64)
 
 
 def objects(values: Sequence[Any]) -> Column:
@@ -132,26 +132,23 @@ def columns_of(table: str, rows: Sequence[Sequence[Any]]) -> dict[str, Column]:
     schema = SCHEMA[table]
     return {
         name: integers(values) if kind == "BIGINT" else objects(values)
-        for (name, kind), values in zip(
-            schema.items(), zip(*rows, strict=True), strict=True
-        )
+        for (name, kind), values in zip(schema.items(), zip(*rows, strict=True), strict=True)
     }
 
 
-def expression(name: str, kind: str) -> str:
+def expression(source: str, kind: str, name: str) -> str:
     """How a registered column is read back with its nulls and its type."""
-    if kind == "BIGINT":
-        return f"nullif({name}, {NULL}) AS {name}"
-    return f"CAST({name} AS {kind}) AS {name}"
+    value = f"nullif({source}, {NULL})" if kind == "BIGINT" else f"CAST({source} AS {kind})"
+    return f'{value} AS "{name}"'
 
 
 class SetWriter:
     """Writes one set; nothing of it can be seen before `finish`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         self._folder = folder
-        self.name = secrets.token_hex(12)
-        self._temporary = folder / f"{TEMPORARY}{self.name}"
+        self.name = name or secrets.token_hex(12)
+        self._temporary = folder / f"{TEMPORARY}{secrets.token_hex(12)}"
         self._temporary.mkdir(mode=0o750)
         self.tables: list[str] = []
 
@@ -160,9 +157,14 @@ class SetWriter:
         self.tables.append(table)
         return self._temporary / f"{table}{SUFFIX}"
 
+    def spill(self) -> Path:
+        """A folder for what does not fit into memory; goes with the writing."""
+        return self._temporary / "spill"
+
     def finish(self) -> int:
         """Sync and rename; returns the bytes written. Raises OSError."""
         total = 0
+        shutil.rmtree(self.spill(), ignore_errors=True)
         for path in sorted(self._temporary.iterdir()):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -171,7 +173,13 @@ class SetWriter:
             finally:
                 os.close(fd)
         durable.sync_folder(self._temporary)
-        self._temporary.rename(self._folder / self.name)
+        try:
+            self._temporary.rename(self._folder / self.name)
+        except OSError as error:
+            # Another process has made the same in the meantime.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            self.abandon()
         durable.sync_folder(self._folder)
         return total
 
@@ -193,13 +201,13 @@ def scan(table: str, files: Iterable[Path]) -> str:
     names = ", ".join(quoted(path) for path in files)
     if names:
         return f"(SELECT * FROM read_parquet([{names}]))"
-    empty = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in SCHEMA[table].items())
+    empty = ", ".join(f'CAST(NULL AS {kind}) AS "{name}"' for name, kind in SCHEMA[table].items())
     return f"(SELECT {empty} WHERE false)"
 
 
 def latest(table: str, source: str) -> str:
     """SQL for the rows that count among all rows of a table: one for each key."""
-    keys = ", ".join(KEYS[table])
+    keys = ", ".join(f'"{name}"' for name in KEYS[table])
     return (
         f"(SELECT * FROM {source} QUALIFY row_number() OVER"
         f" (PARTITION BY {keys} ORDER BY {LATEST[table]}) = 1)"

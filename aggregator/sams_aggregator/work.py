@@ -1,3 +1,4 @@
+# ruff: noqa: S608 - names of columns come from the schema
 """From the frames of one unit of input to one set of Parquet files. Pure but for that set.
 
 The same frames under the same options always give the same rows, wherever and however
@@ -8,7 +9,6 @@ even decoded beyond their header.
 from __future__ import annotations
 
 import gc
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,18 +19,22 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import numpy as np
 
-from sams_aggregator import sacct, tables
+from sams_aggregator import sacct, sams_facts, tables
 from sams_aggregator.months import Months, of_zone
 from sams_aggregator.tables import SetWriter, integers, objects
 from sams_ebpf import wire
 from sams_ebpf.errors import SamsError
 
-MAX_PROBLEMS: Final = 1000
+MAX_PROBLEMS: Final = 10_000
 SECOND: Final = 1_000_000_000
 BATCH: Final = "batch"
 SAMS_JSON: Final = "sams-json"
 _CHUNK_ROWS: Final = 65_536
 _CLAIM_NAMES: Final = tuple(tables.CLAIMS)
+
+
+# Columns that are kept once for all rows that share them.
+_SOURCE: Final = {"path": "p.name", "script": "s.name"}
 
 
 class Options(NamedTuple):
@@ -63,7 +67,7 @@ class Result(NamedTuple):
 
     name: str | None
     tables: tuple[str, ...]
-    bytes: int
+    size: int
     begin_ns: int | None
     end_ns: int | None
     frames: int
@@ -78,6 +82,7 @@ class _Batch(NamedTuple):
     header: wire.Header
     data: bytes
     origin: str
+    place: str
 
 
 KIND_COUNTERS: Final = 1
@@ -86,10 +91,15 @@ KIND_SACCT: Final = 16
 
 
 class Builder:
-    """Collects payloads of one unit and writes their set."""
+    """Collects payloads of one unit and writes their set.
 
-    def __init__(self, options: Options) -> None:
+    check: look at every record of every batch, also of those that others supersede. A
+    receiver has done so before it archived them.
+    """
+
+    def __init__(self, options: Options, *, check: bool = False) -> None:
         self._options = options
+        self._check = check
         self._months: Months = of_zone(options.zone)
         self._epochs: dict[bytes, dict[tuple[int, int, int], _Batch]] = defaultdict(dict)
         self._jobs: list[sacct.Job] = []
@@ -102,9 +112,9 @@ class Builder:
         self.frames += 1
         try:
             if payload.kind == KIND_COUNTERS:
-                self._add_batch(payload.data, BATCH)
+                self._add_batch(payload.data, BATCH, payload.place)
             elif payload.kind == KIND_SAMS_JSON:
-                self._add_batch(self._from_json(payload.data), SAMS_JSON)
+                self._add_batch(self._from_json(payload.data), SAMS_JSON, payload.place)
             elif payload.kind == KIND_SACCT:
                 jobs, problems = sacct.parse(payload.data)
                 self._jobs += jobs
@@ -122,9 +132,7 @@ class Builder:
             rows.add_epoch(epoch, self._epochs[epoch])
         self.records = rows.records
         if not (rows.epochs or rows.dropped or self._jobs):
-            return Result(
-                None, (), 0, None, None, self.frames, rows.records, (), tuple(self.bad)
-            )
+            return Result(None, (), 0, None, None, self.frames, rows.records, (), tuple(self.bad))
         writer = SetWriter(folder)
         try:
             connection = tables.connect(threads=1)
@@ -153,17 +161,16 @@ class Builder:
         if len(self.bad) < MAX_PROBLEMS:
             self.bad.append((place, reason))
 
-    def _add_batch(self, data: bytes, origin: str) -> None:
-        header = wire.decode_header(data)
+    def _add_batch(self, data: bytes, origin: str, place: str) -> None:
+        header = wire.check(data) if self._check else wire.decode_header(data)
         end_ns = header.end_ns if header.end_ns is not None else header.begin_ns or 0
         tie = int.from_bytes(blake2b(data, digest_size=8).digest(), "little") & wire.INT64_MAX
         order = (header.generation, header.sequence, tie)
-        self._epochs[header.epoch][order] = _Batch(order, end_ns, header, data, origin)
+        self._epochs[header.epoch][order] = _Batch(order, end_ns, header, data, origin, place)
 
     def _from_json(self, data: bytes) -> bytes:
-        from sams_aggregator import sams_facts  # noqa: PLC0415 - few units hold JSON
-
-        return sams_facts.batch_of_frame(data, self._options)
+        options = self._options
+        return wire.encode(sams_facts.batch_of_frame(data, options.cluster, options.sams_json_zone))
 
 
 def work(payloads: Iterable[Payload], options: Options, folder: Path) -> Result:
@@ -211,18 +218,15 @@ class _Rows:
             if header.kind != "counters":
                 continue
             month = self._months.of(batch.end_ns)
-            slot = batch.end_ns // self._every if self._every else None
             of_month = months.setdefault(month, _Latest())
-            of_slot = None
-            if slot is not None:
-                # A month need not begin on the border of a slot.
-                of_slot = slots.setdefault(slot * 10_000_00 + month, _Latest())
+            slot = batch.end_ns // self._every if self._every else 0
+            of_slot = slots.setdefault(slot, _Latest()) if self._every else None
             rows = None
             if not of_month.closed or (of_slot is not None and not of_slot.closed):
                 try:
                     rows = wire.decode_rows(batch.data)
                 except wire.WireError as error:
-                    self._set_aside(f"epoch {epoch.hex()}, batch {batch.order[1]}", str(error))
+                    self._set_aside(batch.place, str(error))
                     continue
                 self.records += len(rows)
             if month not in head:
@@ -239,7 +243,7 @@ class _Rows:
             if of_slot is not None:
                 new = of_slot.take(rows, full=full)
                 if new:
-                    self.points.add(epoch, job_id, slot or 0, batch, new)
+                    self.points.add(epoch, job_id, slot, batch, new)
         if ordered:
             self.times.append(ordered[-1].end_ns)
         self.claims += [
@@ -275,10 +279,9 @@ class _Latest:
         self.closed = full
         if not self._kept:
             self._kept.append(rows)
-            # A hostile batch may name one executable twice; the first one stands.
-            keys = {row[:2] for row in rows}
-            if len(keys) == len(rows):
+            if len({row[0] for row in rows}) == len(rows):
                 return rows
+            # One path with several flags; or a hostile batch: then the first row stands.
             self._seen = set()
         if self._seen is None:
             self._seen = {row[:2] for row in self._kept[0]}
@@ -361,34 +364,20 @@ class _Counters:
         connection.register("names_in", names)
         connection.register("rows_in", rows)
         schema = tables.SCHEMA[self._table]
-        own = {name: kind for name, kind in heads_schema(schema, self._interval)}
         select = ", ".join(
-            [
-                "CAST(h.epoch AS BLOB) AS epoch",
-                *[tables.expression(f"h.{name}", kind).replace(f" AS h.{name}", f" AS {name}")
-                  for name, kind in own.items() if name not in ("epoch", "end_ns")],
-                "h.end_ns AS end_ns",
-                "CAST(p.name AS BLOB) AS path",
-                "r.flags AS flags",
-                "CAST(s.name AS BLOB) AS script",
-                *[f"nullif(r.{name}, {tables.NULL}) AS {name}" for name in wire.COUNTERS],
-            ]
-        )  # fmt: skip
+            tables.expression(
+                _SOURCE.get(name, f"{'r' if name in rows else 'h'}.{name}"), kind, name
+            )
+            for name, kind in schema.items()
+        )
         tables.copy(
             connection,
             f"SELECT {select} FROM rows_in r JOIN heads_in h USING (head)"
-            " JOIN names_in p ON p.id = r.path_id JOIN names_in s ON s.id = r.script_id"
-            f" ORDER BY {tables.SORTED_BY[self._table]}",
+            " JOIN names_in p ON p.id = r.path_id JOIN names_in s ON s.id = r.script_id",
             writer.path(self._table),
         )
         for name in ("heads_in", "names_in", "rows_in"):
             connection.unregister(name)
-
-
-def heads_schema(schema: dict[str, str], interval: str) -> Iterator[tuple[str, str]]:
-    """Columns of a table that are the same for all rows of a batch."""
-    for name in ("epoch", "job_id", interval, "generation", "sequence", "tie", "end_ns"):
-        yield name, schema[name]
 
 
 def _copy_rows(
@@ -400,7 +389,7 @@ def _copy_rows(
     columns = tables.columns_of(table, rows)
     connection.register("rows_in", columns)
     select = ", ".join(
-        tables.expression(name, kind) for name, kind in tables.SCHEMA[table].items()
+        tables.expression(name, kind, name) for name, kind in tables.SCHEMA[table].items()
     )
     tables.copy(
         connection,
@@ -449,8 +438,3 @@ def _no_collector() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-def chain(payloads: Iterable[Iterable[Payload]]) -> Iterator[Payload]:
-    """Payloads of several units as one."""
-    return itertools.chain.from_iterable(payloads)

@@ -5,6 +5,7 @@ PYTEST := $(BIN)/pytest
 
 APT_BUILD := clang llvm libbpf-dev libbpf1 make python3-venv
 APT_TEST  := gcc libc6-dev
+APT_BENCH := acct bpftrace libbpf-tools
 
 # Installs the packages that are missing, and says so only then.
 apt = @missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -42,3 +43,10 @@ lint: setup
 ## test     everything that CI runs
 test: setup apt-test bpf-objects lint
 	$(PYTEST)
+
+## bench    benchmarks, written to docs/benchmarks.md (BENCH="name …": only these)
+.PHONY: apt-bench
+apt-bench:
+	$(call apt,$(APT_BENCH))
+bench: setup apt-test apt-bench bpf-objects
+	PYTHONPATH=tests/support $(BIN)/python -m bench $(BENCH)

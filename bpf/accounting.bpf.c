@@ -1,5 +1,1080 @@
 // SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0)
-#include <linux/types.h>
-#include <bpf/bpf_helpers.h>
+/*
+ * CPU accounting per executable for the processes of jobs.
+ *
+ * A task of a job has a row that remembers how much of its counters has been charged so
+ * far. *Settling* a task charges the rest to the executable that the task is now. Tasks
+ * are settled when they exec, move between cgroups, exit, are freed, and when the
+ * collector harvests. Whatever the order, the charges of a task add up to its own final
+ * counter, which is what the kernel charged to its cgroup.
+ */
+#include "maps.h"
+#include "path.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+#define INDEX(id) ((id) & 0xfff)
+#define WORDS	  (SAMS_PATH_MAX / 8)
+#define PROBES	  4
+
+enum { SCRATCH_NEW, SCRATCH_EXEC, SCRATCH_MOVE, SCRATCH_ADOPT };
+
+/* ---- the programs' own cost ------------------------------------------------------- */
+
+static __always_inline struct sams_node *the_node(void)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_elem(MAP(node), &zero);
+}
+
+static __always_inline struct sams_cost *this_cpu(void)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_elem(MAP(costs), &zero);
+}
+
+/* Time of the begin of a sampled event, 0 for one that is not, 1 if the programs are off. */
+static __always_inline u64 enter(void)
+{
+	struct sams_node *all = the_node();
+	struct sams_cost *cost = this_cpu();
+
+	if (!all || !cost || all->tripped)
+		return 1;
+	if (cost->events++ % SAMS_COST_SAMPLE)
+		return 0;
+	return bpf_ktime_get_ns();
+}
+
+static __always_inline void leave(u64 begin)
+{
+	struct sams_cost *cost;
+	struct sams_node *all;
+	u64 now, spent;
+
+	if (begin < 2)
+		return;
+	cost = this_cpu();
+	all = the_node();
+	if (!cost || !all)
+		return;
+	now = bpf_ktime_get_ns();
+	spent = (now - begin) * SAMS_COST_SAMPLE;
+	cost->sampled_ns += spent;
+	if (now - cost->window_start_ns > 1000000000ULL) {
+		cost->window_start_ns = now;
+		cost->window_ns = 0;
+	}
+	cost->window_ns += spent;
+	if (option_limit_ns && cost->window_ns > option_limit_ns)
+		all->tripped = 1;
+}
+
+/* ---- reading a task --------------------------------------------------------------- */
+
+static __always_inline u64 cgroup_of(struct task_struct *task)
+{
+	struct cgroup *cgroup = task_cgroup(task, option_controller);
+
+	return cgroup ? cgroup_kernfs_id(cgroup) : 0;
+}
+
+static __always_inline void read_columns(struct task_struct *task, u64 now[SAMS_COLUMNS])
+{
+	now[SAMS_CPU] = READ(task, se.sum_exec_runtime);
+	now[SAMS_UTIME] = READ(task, utime);
+	now[SAMS_STIME] = READ(task, stime);
+	if (bpf_core_field_exists(task->ioac)) {
+		now[SAMS_READ_BYTES] = READ(task, ioac.read_bytes);
+		now[SAMS_WRITE_BYTES] = READ(task, ioac.write_bytes);
+	} else {
+		now[SAMS_READ_BYTES] = 0;
+		now[SAMS_WRITE_BYTES] = 0;
+	}
+	now[SAMS_MINOR_FAULTS] = READ(task, min_flt);
+	now[SAMS_MAJOR_FAULTS] = READ(task, maj_flt);
+	now[SAMS_VOLUNTARY] = READ(task, nvcsw);
+	now[SAMS_INVOLUNTARY] = READ(task, nivcsw);
+}
+
+/*
+ * What the current task has run since its counter was last brought up to date. The
+ * counter of the CPU's clock (local_clock()) stands at a constant distance from rq->clock,
+ * measured once; rq->clock_task is behind rq->clock by the time of interrupts and steal.
+ * Negative: cannot be told here.
+ */
+static __always_inline s64 running_slice(struct task_struct *current)
+{
+	struct bpf_perf_event_value value = {};
+	struct sams_cost *cost = this_cpu();
+	struct rq *rq;
+	s64 slice;
+
+	if (!option_slices || !cost || !cost->clock_samples)
+		return -1;
+	rq = run_queue(current);
+	if (!rq || READ(rq, cpu) != (int)bpf_get_smp_processor_id())
+		return -1;
+	if (bpf_perf_event_read_value(MAP(clocks), BPF_F_CURRENT_CPU, &value, sizeof(value)))
+		return -1;
+	slice = (s64)(value.counter + cost->clock_offset_ns) -
+		(s64)(READ(rq, clock) - READ(rq, clock_task)) - (s64)READ(current, se.exec_start);
+	return slice > 0 ? slice : 0;
+}
+
+/* ---- slots and totals ------------------------------------------------------------- */
+
+static __always_inline struct sams_slot *slot_of(u32 id)
+{
+	u32 index = INDEX(id);
+	struct sams_slot *slot = bpf_map_lookup_elem(MAP(slots), &index);
+
+	return slot && slot->id == id && slot->state == SAMS_SLOT_USED ? slot : 0;
+}
+
+static __always_inline struct sams_counters *counters_of(struct sams_slot *slot, u32 index,
+							 u32 state)
+{
+	struct sams_total_key key = {.slot_id = slot->id, .index = index};
+	struct sams_total *total;
+
+	if (index != SAMS_OVERFLOW) {
+		total = bpf_map_lookup_elem(MAP(totals), &key);
+		if (total)
+			return &total->counters;
+	}
+	return state & SAMS_ROW_OUTSIDE ? &slot->overflow_outside : &slot->overflow;
+}
+
+static __always_inline void lose(struct sams_slot *slot, enum sams_lost cause)
+{
+	__sync_fetch_and_add(&slot->lost[cause], 1);
+}
+
+enum settling {
+	FORWARD,  /* charge nothing while the counter is behind what was charged */
+	BOUNDARY, /* charge exactly up to the counter, back as well as forth */
+};
+
+static __always_inline void settle(struct sams_task *row, struct sams_counters *counters,
+				   u64 now[SAMS_COLUMNS], enum settling how)
+{
+	int i;
+
+	for (i = 0; i < 4; i++) {
+		u64 seen = *(volatile u64 *)&row->charged[SAMS_CPU];
+		s64 delta = now[SAMS_CPU] - seen;
+
+		if (delta == 0 || (delta < 0 && how == FORWARD))
+			break;
+		if (replace(&row->charged[SAMS_CPU], seen, now[SAMS_CPU])) {
+			__sync_fetch_and_add(&counters->column[SAMS_CPU], delta);
+			break;
+		}
+	}
+#pragma unroll
+	for (i = SAMS_CPU + 1; i < SAMS_COLUMNS; i++) {
+		s64 delta = now[i] - row->charged[i];
+
+		if (delta) {
+			row->charged[i] = now[i];
+			__sync_fetch_and_add(&counters->column[i], delta);
+		}
+	}
+}
+
+static __always_inline void settle_current(struct sams_task *row, struct sams_slot *slot,
+					   struct sams_counters *counters,
+					   struct task_struct *current)
+{
+	u64 now[SAMS_COLUMNS];
+	s64 slice = running_slice(current);
+
+	read_columns(current, now);
+	if (slice < 0)
+		lose(slot, SAMS_LOST_SPLITS);
+	else
+		now[SAMS_CPU] += slice;
+	settle(row, counters, now, FORWARD);
+}
+
+static __always_inline void peak(struct sams_counters *counters, u64 pages)
+{
+	if (pages > counters->max_rss_pages)
+		counters->max_rss_pages = pages;
+}
+
+/* ---- executables ------------------------------------------------------------------ */
+
+static __always_inline u64 mix(u64 hash, u64 word)
+{
+	hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
+	return hash ^ (hash >> 32);
+}
+
+/* Hash of flags and path; zeroes what stands before the path in its first word. */
+static __always_inline u64 hash_of(struct sams_name *name)
+{
+	u32 at = SAMS_PATH_MAX - name->length, word = at / 8, before = at % 8 * 8, i;
+	u64 hash = mix(option_seed, name->flags);
+	u64 *words = (u64 *)name->path;
+
+	if (word < WORDS) /* BPF on a big-endian host would shift the other way: see the build */
+		words[word] = words[word] >> before << before;
+	for (i = 0; i < WORDS; i++) {
+		if (word >= WORDS)
+			break;
+		barrier_var(word); /* or clang turns the mask into a pointer that the verifier loses */
+		hash = mix(hash, words[word & (WORDS - 1)]);
+		word++;
+	}
+	return hash ? hash : 1;
+}
+
+static __always_inline int same_name(struct sams_name *a, struct sams_name *b)
+{
+	u32 word = (SAMS_PATH_MAX - a->length) / 8, i;
+	u64 *x = (u64 *)a->path, *y = (u64 *)b->path;
+
+	if (a->length != b->length || a->flags != b->flags)
+		return 0;
+	for (i = 0; i < WORDS; i++) {
+		if (word >= WORDS)
+			break;
+		barrier_var(word);
+		if (x[word & (WORDS - 1)] != y[word & (WORDS - 1)])
+			return 0;
+		word++;
+	}
+	return 1;
+}
+
+/* A new row among the slot's totals: its index, or SAMS_OVERFLOW. */
+static __always_inline u32 new_total(struct sams_slot *slot, u64 hash)
+{
+	struct sams_total total = {.hash = hash};
+	struct sams_total_key key = {.slot_id = slot->id};
+	int i;
+
+	key.index = slot->names;
+	for (i = 0; i < 8; i++) {
+		long error;
+
+		if (key.index >= option_quota)
+			return SAMS_OVERFLOW;
+		error = bpf_map_update_elem(MAP(totals), &key, &total, BPF_NOEXIST);
+		if (!error) {
+			slot->names = key.index + 1;
+			return key.index;
+		}
+		if (error != -17) /* EEXIST: another CPU was first with this index */
+			return SAMS_OVERFLOW;
+		key.index++;
+	}
+	return SAMS_OVERFLOW;
+}
+
+/* Index of the row of what `task` executes, made if need be; the name is written first. */
+static __always_inline u32 executable_of(struct sams_slot *slot, struct task_struct *task,
+					 u32 state, struct linux_binprm *bprm, u32 which)
+{
+	struct sams_name *name = bpf_map_lookup_elem(MAP(scratch), &which), *known;
+	struct sams_name_key key = {.slot_id = slot->id};
+	const char *filename = 0;
+	int i;
+
+	if (!name)
+		return SAMS_OVERFLOW;
+	name->flags = state & SAMS_ROW_OUTSIDE ? SAMS_OUTSIDE : 0;
+	if (option_host_mounts && mount_namespace(task) != option_host_mounts)
+		name->flags |= SAMS_FOREIGN;
+	resolve(name, task);
+	if (name->length > SAMS_PATH_MAX)
+		return SAMS_OVERFLOW;
+	if (bprm) {
+		filename = READ(bprm, filename);
+		if (filename == READ(bprm, interp))
+			filename = 0; /* no script */
+	}
+	key.hash = hash_of(name);
+	for (i = 0; i < PROBES; i++) {
+		known = bpf_map_lookup_elem(MAP(names), &key);
+		if (!known) {
+			long length = 0;
+			u32 index = new_total(slot, key.hash);
+
+			if (index == SAMS_OVERFLOW)
+				break;
+			name->index = index;
+			if (filename)
+				length = bpf_probe_read_kernel_str(name->script, SAMS_SCRIPT_MAX,
+								   filename);
+			name->script_length = length > 0 ? length : 0;
+			if (!bpf_map_update_elem(MAP(names), &key, name, BPF_NOEXIST))
+				return index;
+			/* Another CPU was first, or the map is full: this total stays empty. */
+			known = bpf_map_lookup_elem(MAP(names), &key);
+			if (!known)
+				break;
+		}
+		if (same_name(name, known)) {
+			if (filename && !known->script_length) {
+				long length = bpf_probe_read_kernel_str(
+					known->script, SAMS_SCRIPT_MAX, filename);
+
+				known->script_length = length > 0 ? length : 0;
+			}
+			return known->index;
+		}
+		key.hash++;
+	}
+	lose(slot, SAMS_LOST_EXECUTABLES_FULL);
+	return SAMS_OVERFLOW;
+}
+
+/* ---- rows of tasks and processes -------------------------------------------------- */
+
+static __always_inline int is_leader(struct task_struct *task)
+{
+	return READ(task, pid) == READ(task, tgid);
+}
+
+static __always_inline void drop_task(u64 key, struct sams_slot *slot)
+{
+	if (!bpf_map_delete_elem(MAP(tasks), &key) && slot)
+		__sync_fetch_and_add(&slot->tasks, -1);
+}
+
+static __always_inline int keep_task(struct task_struct *task, struct sams_task *row,
+				     struct sams_slot *slot)
+{
+	u64 key = (u64)task;
+
+	row->pid = READ(task, pid);
+	row->start_ns = READ(task, start_boottime);
+	if (bpf_map_update_elem(MAP(tasks), &key, row, BPF_NOEXIST)) {
+		lose(slot, SAMS_LOST_TASKS_FULL);
+		return 0;
+	}
+	__sync_fetch_and_add(&slot->tasks, 1);
+	return 1;
+}
+
+static __always_inline int keep_process(struct task_struct *task, struct sams_slot *slot,
+					u32 state, u64 how)
+{
+	struct sams_process process = {.slot_id = slot->id, .state = state};
+	u64 key = (u64)READ(task, signal);
+
+	return !bpf_map_update_elem(MAP(processes), &key, &process, how);
+}
+
+/*
+ * A task known to be dead or gone whose row is still there: its free was not seen. What
+ * was charged last stays; if a later task stands at the address, it gets its own row.
+ */
+static __always_inline void drop_stale(struct sams_task *row, u64 key)
+{
+	struct sams_slot *slot = slot_of(row->slot_id);
+
+	if (slot)
+		lose(slot, SAMS_LOST_MISSED_DEATHS);
+	drop_task(key, slot);
+}
+
+/* ---- new tasks -------------------------------------------------------------------- */
+
+static __always_inline int new_task(struct task_struct *child)
+{
+	struct task_struct *parent = (void *)bpf_get_current_task();
+	u64 key = (u64)child, parent_key = (u64)parent, cgroup = cgroup_of(child);
+	struct sams_task *origin, *stale, row = {};
+	struct sams_slot *slot = 0, *home = 0, *owner;
+	int process, inside = 0;
+	u32 *id, slot_id;
+
+	stale = bpf_map_lookup_elem(MAP(tasks), &key);
+	if (stale) {
+		if (stale->start_ns == READ(child, start_boottime) &&
+		    stale->pid == (u32)READ(child, pid))
+			return 0; /* moved into the job before we were told that it exists */
+		drop_stale(stale, key);
+	}
+	origin = bpf_map_lookup_elem(MAP(tasks), &parent_key);
+	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
+	slot_id = id ? *id : 0; /* of a slot in use it is never 0 */
+	if (!slot_id && !origin)
+		return 0;
+	process = is_leader(child);
+	if (origin) {
+		home = slot_of(origin->slot_id);
+		inside = home && !(origin->state & SAMS_ROW_OUTSIDE);
+	}
+	if (slot_id)
+		slot = slot_of(slot_id);
+	if (slot) {
+		owner = slot;
+		if (inside && slot->id == home->id)
+			row.state = SAMS_ROW_NATIVE;
+	} else {
+		if (!home)
+			return 0;
+		owner = home;
+		row.state = SAMS_ROW_NATIVE | SAMS_ROW_OUTSIDE;
+	}
+	row.slot_id = owner->id;
+	if (row.state && (row.state & SAMS_ROW_OUTSIDE) == (origin->state & SAMS_ROW_OUTSIDE))
+		row.index = origin->index;
+	else
+		row.index = executable_of(owner, child, row.state, 0, SCRATCH_NEW);
+	if (process) {
+		if (inside) {
+			__sync_fetch_and_add(&home->forks, 1);
+			__sync_fetch_and_add(&counters_of(home, origin->index, 0)->forks, 1);
+			if (!slot || slot->id != home->id) /* CLONE_INTO_CGROUP */
+				__sync_fetch_and_add(&home->moved_out, 1);
+		}
+		if (slot) {
+			if (!row.state)
+				__sync_fetch_and_add(&slot->adopted, 1);
+			__sync_fetch_and_add(&slot->live, 1);
+		}
+		keep_process(child, owner, row.state, BPF_ANY);
+	}
+	keep_task(child, &row, owner);
+	return 0;
+}
+
+PROGRAM(on_new_task, "task_newtask")
+{
+	u64 begin = enter();
+
+	if (begin == 1)
+		return 0;
+	new_task((void *)ARG(0));
+	leave(begin);
+	return 0;
+}
+
+/* ---- exec ------------------------------------------------------------------------- */
+
+static __always_inline void end_image_memory(struct task_struct *task,
+					     struct sams_process *process,
+					     struct sams_counters *counters, int exec)
+{
+	struct signal_struct *signal = READ(task, signal);
+	struct mm_struct *mm = exec ? 0 : READ(task, mm);
+	u64 most = READ(signal, maxrss);
+
+	/* The kernel keeps the peak of the process over all its images. */
+	if (!process || most > process->rss_base_pages)
+		peak(counters, most);
+	else if (mm)
+		peak(counters, READ(mm, hiwater_rss));
+	if (process && exec && most > process->rss_base_pages)
+		process->rss_base_pages = most;
+}
+
+static __always_inline int exec(struct task_struct *task, struct linux_binprm *bprm)
+{
+	u64 key = (u64)task, group;
+	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
+	struct sams_counters *counters;
+	struct sams_slot *slot;
+
+	if (!row)
+		return 0;
+	slot = slot_of(row->slot_id);
+	if (!slot)
+		return 0;
+	counters = counters_of(slot, row->index, row->state);
+	settle_current(row, slot, counters, task);
+	group = (u64)READ(task, signal);
+	end_image_memory(task, bpf_map_lookup_elem(MAP(processes), &group), counters, 1);
+	row->index = executable_of(slot, task, row->state, bprm, SCRATCH_EXEC);
+	row->pid = READ(task, pid); /* a thread that execs takes over the leader's */
+	__sync_fetch_and_add(&counters_of(slot, row->index, row->state)->execs, 1);
+	return 0;
+}
+
+PROGRAM(on_exec, "sched_process_exec")
+{
+	u64 begin = enter();
+
+	if (begin == 1)
+		return 0;
+	exec((void *)ARG(0), (void *)ARG(2));
+	leave(begin);
+	return 0;
+}
+
+/* ---- death ------------------------------------------------------------------------ */
+
+static __always_inline void process_died(struct task_struct *task, struct sams_slot *slot,
+					 struct sams_counters *counters)
+{
+	struct signal_struct *signal = READ(task, signal);
+	u64 key = (u64)signal;
+	struct sams_process *process;
+
+	if (READ(signal, live.counter) != 0)
+		return;
+	process = bpf_map_lookup_elem(MAP(processes), &key);
+	if (!process)
+		return;
+	end_image_memory(task, process, counters, 0);
+	/* Two threads may both see live == 0: who deletes the row counts the death. */
+	if (process->slot_id != slot->id || process->state & SAMS_ROW_OUTSIDE)
+		slot = slot_of(process->slot_id);
+	if (process->state & SAMS_ROW_OUTSIDE)
+		slot = 0;
+	if (bpf_map_delete_elem(MAP(processes), &key))
+		return;
+	__sync_fetch_and_add(&counters->exits, 1);
+	if (slot) {
+		__sync_fetch_and_add(&slot->exits, 1);
+		__sync_fetch_and_add(&slot->live, -1);
+	}
+}
+
+static __always_inline int exits(struct task_struct *task)
+{
+	u64 key = (u64)task;
+	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
+	struct sams_counters *counters;
+	struct sams_slot *slot;
+
+	if (!row)
+		return 0;
+	slot = slot_of(row->slot_id);
+	if (!slot)
+		return 0;
+	counters = counters_of(slot, row->index, row->state);
+	row->state |= SAMS_ROW_EXITING;
+	settle_current(row, slot, counters, task);
+	process_died(task, slot, counters);
+	return 0;
+}
+
+PROGRAM(on_exit, "sched_process_exit")
+{
+	u64 begin = enter();
+
+	if (begin == 1)
+		return 0;
+	exits((void *)ARG(0));
+	leave(begin);
+	return 0;
+}
+
+/* The task's counters will not change any more: charge what is missing, let the row go. */
+static __always_inline int finalise(struct task_struct *task)
+{
+	u64 key = (u64)task, now[SAMS_COLUMNS];
+	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
+	struct sams_slot *slot;
+
+	if (!row) {
+		/* No room for its row: all it ever ran goes to the overflow row of its job. */
+		u64 cgroup = cgroup_of(task);
+		u32 *id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
+
+		slot = id ? slot_of(*id) : 0;
+		if (slot && slot->lost[SAMS_LOST_TASKS_FULL])
+			__sync_fetch_and_add(&slot->overflow.column[SAMS_CPU],
+					     READ(task, se.sum_exec_runtime));
+		return 0;
+	}
+	slot = slot_of(row->slot_id);
+	if (slot) {
+		read_columns(task, now);
+		settle(row, counters_of(slot, row->index, row->state), now, BOUNDARY);
+	}
+	drop_task(key, slot);
+	return 0;
+}
+
+PROGRAM(on_free, "sched_process_free")
+{
+	u64 begin = enter();
+
+	if (begin == 1)
+		return 0;
+	finalise((void *)ARG(0));
+	leave(begin);
+	return 0;
+}
+
+/* The exact set-up: the last switch away from a task, instead of its free. */
+PROGRAM(on_switch, "sched_switch")
+{
+	struct task_struct *previous = (void *)ARG(1);
+	u64 begin;
+
+	if (!(task_state(previous) & TASK_DEAD))
+		return 0;
+	begin = enter();
+	if (begin == 1)
+		return 0;
+	finalise(previous);
+	leave(begin);
+	return 0;
+}
+
+/* ---- moves between cgroups -------------------------------------------------------- */
+
+/*
+ * The process moves with its group, or with its leader where threads move one by one.
+ * After the first thread of a group the row says where it is, and nothing more happens.
+ */
+static __always_inline void move_process(struct task_struct *task, struct sams_slot *to,
+					 u32 slot_id, u32 state)
+{
+	u64 key = (u64)READ(task, signal);
+	struct sams_process *process = bpf_map_lookup_elem(MAP(processes), &key);
+	struct sams_slot *from = 0;
+
+	if (!process) {
+		if (to && keep_process(task, to, 0, BPF_NOEXIST)) {
+			__sync_fetch_and_add(&to->moved_in, 1);
+			__sync_fetch_and_add(&to->live, 1);
+		}
+		return;
+	}
+	if (!(process->state & SAMS_ROW_OUTSIDE))
+		from = slot_of(process->slot_id);
+	if (from && to && from->id == to->id)
+		return;
+	if (from) {
+		__sync_fetch_and_add(&from->moved_out, 1);
+		__sync_fetch_and_add(&from->live, -1);
+	}
+	if (to) {
+		__sync_fetch_and_add(&to->moved_in, 1);
+		__sync_fetch_and_add(&to->live, 1);
+	} else if (!(state & SAMS_ROW_OUTSIDE)) {
+		bpf_map_delete_elem(MAP(processes), &key);
+		return;
+	}
+	process->slot_id = slot_id;
+	process->state = state;
+}
+
+static __always_inline void move(struct task_struct *task, struct sams_slot *to, int group)
+{
+	u64 key = (u64)task;
+	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key), fresh = {};
+	struct sams_slot *from;
+	int with_process = group || is_leader(task);
+
+	if (!row) {
+		if (!to || READ(task, exit_state) || READ(task, flags) & PF_EXITING)
+			return; /* also a dead leader that comes along with its group */
+		fresh.slot_id = to->id;
+		read_columns(task, fresh.charged);
+		fresh.index = executable_of(to, task, 0, 0, SCRATCH_MOVE);
+		if (keep_task(task, &fresh, to) && with_process)
+			move_process(task, to, to->id, 0);
+		return;
+	}
+	from = slot_of(row->slot_id);
+	if (from && !(row->state & SAMS_ROW_OUTSIDE) && to && to->id == from->id)
+		return; /* between nested cgroups of one job */
+	if (!to && (!from || row->state & SAMS_ROW_OUTSIDE))
+		return; /* was outside, stays outside */
+	if (from) {
+		/* The counters of both cgroups change over at the task's counter as it stands:
+		 * a running slice will be charged where the task is when it ends. */
+		read_columns(task, fresh.charged);
+		settle(row, counters_of(from, row->index, row->state), fresh.charged, BOUNDARY);
+	}
+	if (to) {
+		if (!from || to->id != from->id) {
+			row->state &= ~SAMS_ROW_NATIVE;
+			if (from)
+				__sync_fetch_and_add(&from->tasks, -1);
+			__sync_fetch_and_add(&to->tasks, 1);
+			row->slot_id = to->id;
+		}
+		row->state &= ~SAMS_ROW_OUTSIDE;
+		row->index = executable_of(to, task, row->state, 0, SCRATCH_MOVE);
+	} else if (row->state & SAMS_ROW_NATIVE) {
+		row->state |= SAMS_ROW_OUTSIDE;
+		row->index = executable_of(from, task, row->state, 0, SCRATCH_MOVE);
+	}
+	if (with_process && !(row->state & SAMS_ROW_EXITING))
+		move_process(task, to, row->slot_id, row->state);
+	if (!to && !(row->state & SAMS_ROW_NATIVE))
+		drop_task(key, from);
+}
+
+/* A move of a whole group is one event: walk its threads. */
+struct walk {
+	u64 at;
+	u64 head;
+	u32 slot_id;
+};
+
+static long move_next(u32 i __attribute__((unused)), struct walk *walk)
+{
+	if (!walk->at || walk->at == walk->head)
+		return 1;
+	move(container((void *)walk->at, struct task_struct, thread_node),
+	     walk->slot_id ? slot_of(walk->slot_id) : 0, 1);
+	walk->at = (u64)READ((struct list_head *)walk->at, next);
+	return 0;
+}
+
+PROGRAM(on_attach, "cgroup_attach_task")
+{
+	struct cgroup *cgroup = (void *)ARG(0);
+	struct task_struct *task = (void *)ARG(2);
+	struct sams_slot *slot;
+	u64 begin, cgroup_id;
+	struct walk walk = {};
+	u32 *id;
+
+	if (READ(READ(cgroup, root), hierarchy_id) != option_hierarchy)
+		return 0;
+	begin = enter();
+	if (begin == 1)
+		return 0;
+	cgroup_id = cgroup_kernfs_id(cgroup);
+	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup_id);
+	if (id)
+		walk.slot_id = *id;
+	if (!ARG(3)) {
+		move(task, walk.slot_id ? slot_of(walk.slot_id) : 0, 0);
+	} else {
+		walk.head = (u64)READ(task, signal) +
+			    bpf_core_field_offset(struct signal_struct, thread_head);
+		walk.at = (u64)READ((struct list_head *)walk.head, next);
+		REPEAT(SAMS_GROUP_THREADS, move_next, walk);
+		if (walk.at != walk.head && walk.slot_id) {
+			slot = slot_of(walk.slot_id);
+			if (slot)
+				lose(slot, SAMS_LOST_THREADS);
+		}
+	}
+	leave(begin);
+	return 0;
+}
+
+/* ---- cgroups come and go ---------------------------------------------------------- */
+
+static __always_inline int is_digit(char c)
+{
+	return c >= '0' && c <= '9';
+}
+
+/* job_<digits>, or a SLUID: "s" and 13 of Crockford's base 32. */
+static __always_inline int is_job_name(const char *name)
+{
+	int i;
+
+	if (name[0] == 'j' && name[1] == 'o' && name[2] == 'b' && name[3] == '_') {
+		for (i = 4; i < 16; i++) {
+			if (!name[i])
+				return i > 4;
+			if (!is_digit(name[i]))
+				return 0;
+		}
+		return 0;
+	}
+	if (name[0] != 's')
+		return 0;
+	for (i = 1; i < 14; i++) {
+		char c = name[i];
+
+		if (!is_digit(c) && !(c >= 'A' && c <= 'Z' && c != 'I' && c != 'L' && c != 'O' &&
+				      c != 'U'))
+			return 0;
+	}
+	return !name[14];
+}
+
+/* Length of the folder of a job's cgroup path, without the "/uid_U" of the v1 layout. */
+static __always_inline u32 parent_length(const char *path, u32 slash)
+{
+	u32 at = slash, i;
+
+	for (i = 0; i < 11; i++) {
+		if (at < 6 || at >= SAMS_CGROUP_PATH)
+			return slash;
+		if (!is_digit(path[at - 1]))
+			break;
+		at--;
+	}
+	if (at == slash || at < 5 || at >= SAMS_CGROUP_PATH)
+		return slash;
+	if (path[at - 5] == '/' && path[at - 4] == 'u' && path[at - 3] == 'i' &&
+	    path[at - 2] == 'd' && path[at - 1] == '_')
+		return at - 5;
+	return slash;
+}
+
+/*
+ * FNV-1a, as `path_hash` in sams_ebpf/layout.py. The sum is kept in memory, where the
+ * verifier does not follow it: it would else check what follows once per length.
+ */
+static __always_inline u64 hash_path(const char *path, u32 length, volatile u64 *sum)
+{
+	u32 i;
+
+	*sum = 0xcbf29ce484222325ULL;
+	for (i = 0; i < SAMS_CGROUP_PATH; i++) {
+		if (i >= length)
+			break;
+		*sum = (*sum ^ (u8)path[i]) * 0x100000001b3ULL;
+	}
+	return *sum;
+}
+
+static __always_inline int is_parent(u64 hash)
+{
+	u32 i;
+
+	for (i = 0; i < SAMS_PARENTS; i++) {
+		if (i < option_parents && option_parent_hash[i] == hash)
+			return 1;
+	}
+	return 0;
+}
+
+static __always_inline void note_cgroup(u64 id, struct sams_slot *slot)
+{
+	if (bpf_map_update_elem(MAP(cgroups), &id, &slot->id, BPF_ANY))
+		lose(slot, SAMS_LOST_CGROUPS_FULL);
+	else
+		__sync_fetch_and_add(&slot->cgroups, 1);
+}
+
+/* A new slot for a job's cgroup, recognised at its making; 0 if there is none left. */
+static __always_inline struct sams_slot *new_slot(const char *path, u64 hash)
+{
+	struct sams_slot *slot;
+	struct sams_node *all;
+	u32 index, id, i;
+
+	all = the_node();
+	if (!all || all->closed)
+		return 0;
+	if (bpf_map_pop_elem(MAP(free_slots), &index)) {
+		__sync_fetch_and_add(&all->slots_full, 1);
+		return 0;
+	}
+	slot = bpf_map_lookup_elem(MAP(slots), &index);
+	if (!slot)
+		return 0;
+	id = ((slot->id >> 12) + 1) << 12 | INDEX(index);
+	__builtin_memset(slot, 0, sizeof(*slot));
+	slot->path_hash = hash;
+	slot->birth_ns = bpf_ktime_get_boot_ns();
+	for (i = 0; i < 4; i++)
+		((u32 *)slot->epoch)[i] = bpf_get_prandom_u32();
+	bpf_probe_read_kernel_str(slot->path, sizeof(slot->path), path);
+	slot->id = id;
+	slot->state = SAMS_SLOT_USED;
+	bpf_map_update_elem(MAP(jobs), &hash, &id, BPF_ANY);
+	return slot;
+}
+
+/* The cgroup that encloses this one, 0 at the top. */
+static __always_inline struct cgroup *enclosing(struct cgroup *cgroup)
+{
+	struct cgroup_subsys_state *css = READ(cgroup, self.parent);
+
+	return css ? container(css, struct cgroup, self) : 0;
+}
+
+static __always_inline void new_cgroup(struct cgroup *cgroup, const char *kernel_path)
+{
+	u32 which = SCRATCH_NEW, slash, length, i, *known;
+	u64 id = cgroup_kernfs_id(cgroup), parent_id, hash;
+	struct cgroup *parent = enclosing(cgroup);
+	struct sams_slot *slot;
+	struct sams_name *room;
+	char *path;
+	long size;
+
+	if (!parent)
+		return;
+	parent_id = cgroup_kernfs_id(parent);
+	known = bpf_map_lookup_elem(MAP(cgroups), &parent_id);
+	if (known) {
+		slot = slot_of(*known);
+		if (slot)
+			note_cgroup(id, slot);
+		return;
+	}
+	room = bpf_map_lookup_elem(MAP(scratch), &which);
+	if (!room)
+		return;
+	path = room->path;
+	size = bpf_probe_read_kernel_str(path, SAMS_CGROUP_PATH, kernel_path);
+	if (size < 2 || size > SAMS_CGROUP_PATH - 1)
+		return; /* too long to be a job's */
+	length = size - 1;
+	room->length = 0;
+	for (i = 0; i < SAMS_CGROUP_PATH; i++) {
+		if (i >= length)
+			break;
+		if (path[i] == '/')
+			*(volatile u32 *)&room->length = i;
+	}
+	slash = *(volatile u32 *)&room->length;
+	if (slash > SAMS_CGROUP_PATH - 20)
+		return;
+	hash = hash_path(path, length, (u64 *)room->script);
+	known = bpf_map_lookup_elem(MAP(jobs), &hash);
+	if (known) {
+		/* The cgroup of a job that is known already: removed between steps, made again. */
+		slot = slot_of(*known);
+	} else {
+		if (!is_job_name(path + slash + 1) || (u32)bpf_get_current_uid_gid())
+			return;
+		if (!is_parent(hash_path(path, parent_length(path, slash), (u64 *)room->script)))
+			return;
+		slot = new_slot(path, hash);
+	}
+	if (slot)
+		note_cgroup(id, slot);
+}
+
+PROGRAM(on_mkdir, "cgroup_mkdir")
+{
+	struct cgroup *cgroup = (void *)ARG(0);
+	u64 begin;
+
+	if (READ(READ(cgroup, root), hierarchy_id) != option_hierarchy)
+		return 0;
+	begin = enter();
+	if (begin == 1)
+		return 0;
+	new_cgroup(cgroup, (const char *)ARG(1));
+	leave(begin);
+	return 0;
+}
+
+PROGRAM(on_rmdir, "cgroup_rmdir")
+{
+	struct cgroup *cgroup = (void *)ARG(0);
+	struct sams_slot *slot;
+	u64 id;
+	u32 *slot_id;
+
+	if (READ(READ(cgroup, root), hierarchy_id) != option_hierarchy)
+		return 0;
+	id = cgroup_kernfs_id(cgroup);
+	slot_id = bpf_map_lookup_elem(MAP(cgroups), &id);
+	if (!slot_id)
+		return 0;
+	slot = slot_of(*slot_id);
+	if (!bpf_map_delete_elem(MAP(cgroups), &id) && slot)
+		__sync_fetch_and_add(&slot->cgroups, -1);
+	return 0;
+}
+
+/* ---- run by the collector --------------------------------------------------------- */
+
+/*
+ * Settle every task that has a row, the dead ones included whose free is still to come.
+ * Writes the keys of rows whose task has gone unseen, for the collector to delete.
+ */
+SEC("iter/bpf_map_elem")
+int harvest(struct bpf_iter__bpf_map_elem *ctx)
+{
+	u64 *key_now = ctx->key, key, now[SAMS_COLUMNS];
+	struct task_struct *task;
+	struct sams_counters *counters;
+	struct sams_slot *slot;
+	struct sams_task *row;
+	struct mm_struct *mm;
+	int dead;
+
+	if (!key_now)
+		return 0;
+	key = *key_now;
+	row = bpf_map_lookup_elem(MAP(tasks), &key);
+	if (!row)
+		return 0;
+	task = (void *)key;
+	slot = slot_of(row->slot_id);
+	read_columns(task, now);
+	mm = READ(task, mm);
+	dead = task_state(task) & TASK_DEAD;
+	/* Last, so that what was read above was this task's. */
+	if (!slot || READ(task, start_boottime) != row->start_ns ||
+	    (u32)READ(task, pid) != row->pid) {
+		if (slot) {
+			lose(slot, SAMS_LOST_MISSED_DEATHS);
+			__sync_fetch_and_add(&slot->tasks, -1);
+		}
+		row->slot_id = 0;
+		bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
+		return 0;
+	}
+	counters = counters_of(slot, row->index, row->state);
+	settle(row, counters, now, dead ? BOUNDARY : FORWARD);
+	if (mm && is_leader(task)) {
+		peak(counters, mm_rss_pages(mm));
+		peak(counters, READ(mm, hiwater_rss));
+	}
+	return 0;
+}
+
+/* Take up the tasks that were in a job's cgroup before the programs were. */
+SEC("iter/task")
+int adopt(struct bpf_iter__task *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct sams_task row = {};
+	struct sams_slot *slot;
+	u64 cgroup, key;
+	u32 *id;
+
+	if (!task)
+		return 0;
+	cgroup = cgroup_of(task);
+	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
+	slot = id ? slot_of(*id) : 0;
+	key = (u64)task;
+	if (!slot || bpf_map_lookup_elem(MAP(tasks), &key))
+		return 0;
+	if (READ(task, exit_state) || READ(task, flags) & PF_EXITING)
+		return 0;
+	row.slot_id = slot->id;
+	read_columns(task, row.charged);
+	row.index = executable_of(slot, task, 0, 0, SCRATCH_ADOPT);
+	if (keep_task(task, &row, slot) && keep_process(task, slot, 0, BPF_NOEXIST)) {
+		__sync_fetch_and_add(&slot->adopted, 1);
+		__sync_fetch_and_add(&slot->live, 1);
+	}
+	return 0;
+}
+
+/*
+ * Attached for a moment by the loader: how far this CPU's clock counter is from its run
+ * queue's clock, which is fresh at a switch. What is read later only makes the distance
+ * look smaller, so the largest is the right one.
+ */
+PROGRAM(on_calibrate, "sched_switch")
+{
+	struct bpf_perf_event_value value = {};
+	struct sams_cost *cost = this_cpu();
+	struct rq *rq = run_queue((void *)ARG(2));
+	s64 offset;
+
+	if (!cost || !rq || READ(rq, cpu) != (int)bpf_get_smp_processor_id())
+		return 0;
+	offset = READ(rq, clock);
+	if (bpf_perf_event_read_value(MAP(clocks), BPF_F_CURRENT_CPU, &value, sizeof(value)))
+		return 0;
+	offset -= value.counter;
+	if (!cost->clock_samples || offset > cost->clock_offset_ns)
+		cost->clock_offset_ns = offset;
+	cost->clock_samples++;
+	return 0;
+}

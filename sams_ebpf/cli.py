@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable
+from pathlib import Path
+
+CONFIG = "/etc/sams-ebpf/config.yaml"
 
 
 def build() -> argparse.ArgumentParser:
@@ -20,7 +23,60 @@ def build() -> argparse.ArgumentParser:
     dump = commands.add_parser("dump", help="show batches as JSON lines")
     dump.add_argument("files", nargs="+", metavar="FILE", help="a batch file, or - for stdin")
     dump.set_defaults(handler=_later("sams_ebpf.dump"))
+    check = commands.add_parser("check-config", help="check a configuration file and exit")
+    _config(check)
+    check.set_defaults(handler=_later("sams_ebpf.check_config"))
+    ship = commands.add_parser(
+        "ship",
+        help="send the spool to the receivers",
+        description="Send what waits in this node's spool to the configured receivers, and "
+        "delete what all of them have. Runs until SIGTERM; needs no privileges but the spool.",
+    )
+    _config(ship)
+    ship.add_argument("--once", action="store_true", help="try each batch once, then exit")
+    ship.set_defaults(handler=_later("sams_ebpf.ship"))
+    _units(commands.add_parser("install-units", help="put systemd units and Slurm hooks in place"))
+    _status(commands.add_parser("status", help="show jobs, spool and programs of this node"))
     return parser
+
+
+def _units(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prefix",
+        type=Path,
+        default=Path("/"),
+        metavar="DIR",
+        help="root of the file system to write to, for an image or a package (default: /)",
+    )
+    parser.add_argument(
+        "--program",
+        type=Path,
+        metavar="FILE",
+        help="the sams-ebpf that the units run (default: the one running now)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path(CONFIG),
+        metavar="FILE",
+        help="the configuration file that the units name (default: %(default)s)",
+    )
+    parser.set_defaults(handler=_later("sams_ebpf.install_units"))
+
+
+def _status(parser: argparse.ArgumentParser) -> None:
+    _config(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    parser.set_defaults(handler=_later("sams_ebpf.status"))
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the site's configuration (default: " + CONFIG + ", if there)",
+    )
 
 
 def _later(module: str, function: str = "command") -> Callable[[argparse.Namespace], int]:

@@ -9,10 +9,13 @@ from pathlib import Path
 def write(path: Path, data: bytes, *, mode: int = 0o640) -> None:
     """Put `data` at `path` by temporary file, fsync, rename, fsync of the folder.
 
-    Raises OSError; then nothing is at `path` but what was there before.
+    Raises OSError; then nothing is at `path` but what was there before. The temporary
+    file is always a new one: root may write into a folder in which a less trusted
+    user could have put a link of that name.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         try:
             write_all(fd, data)

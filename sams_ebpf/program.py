@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 
@@ -36,6 +37,24 @@ def start_log(program: str, context: str = "", *, verbose: bool = False) -> None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def notify(state: str) -> None:
+    """Tell systemd how this service is doing (sd_notify(3)): "READY=1", "STATUS=…".
+
+    Does nothing outside a unit of Type=notify. A manager that cannot be told is no
+    reason to stop working.
+    """
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to:
+        try:
+            to.sendto(state.encode(), address)
+        except OSError as error:
+            logging.getLogger(__name__).warning("systemd cannot be notified: %s", error)
 
 
 def run(

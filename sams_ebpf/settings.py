@@ -7,7 +7,9 @@ Each program describes the sections it uses as one frozen `msgspec.Struct` with
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from sams_ebpf.errors import UsageError
 
 SECTIONS = ("site", "collector", "spool", "ship", "receiver", "aggregator", "software")
 MAX_BYTES = 16 << 20
+MAX_SECRET_BYTES = 64 << 10
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -61,6 +64,51 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401
         raise UsageError(f"{path}: not valid YAML: {error!s:.200}") from error
 
 
+def read_secret(path: Path) -> str:
+    """Read a file with one line that only its owner and group may read.
+
+    Raises UsageError when it belongs to someone else than root or this user, when others
+    may read it or its group write it, or when it does not hold one line of ASCII.
+    """
+    return _secret_line(path, _secret_bytes(path))
+
+
+def check_secret(path: Path) -> None:
+    """Check owner and permissions of a secret that a library reads itself (a key)."""
+    _secret_bytes(path)
+
+
+def _secret_bytes(path: Path) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise UsageError(f"{path}: not a regular file")
+        if found.st_uid not in (0, os.geteuid()):
+            raise UsageError(f"{path}: belongs to user {found.st_uid}: chown it to root")
+        if found.st_mode & 0o027:
+            mode = stat.S_IMODE(found.st_mode)
+            raise UsageError(f"{path}: a secret with mode {mode:04o}: chmod it to 0640 or stricter")
+        return os.read(fd, MAX_SECRET_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def _secret_line(path: Path, data: bytes) -> str:
+    try:
+        text = data.decode("ascii").removesuffix("\n")
+    except UnicodeDecodeError:
+        text = ""
+    if not text.strip() or not text.isprintable() or len(data) > MAX_SECRET_BYTES:
+        raise UsageError(f"{path}: has to hold one line of printable ASCII")
+    return text.strip()
+
+
 def convert(document: object, model: type[T], where: str) -> T:
     """Turn plain YAML data into `model`; UsageError names the key within `where`."""
     try:
@@ -89,8 +137,8 @@ def _explain(message: str, model: type[msgspec.Struct]) -> str:
 def _fields_at(model: type[msgspec.Struct], key: str) -> tuple[str, ...]:
     """Names of the fields of the struct that stands at a dotted key below model."""
     info: Any = msgspec.inspect.type_info(model)
-    for part in re.split(r"\.|\[", key) if key else ():
-        if part.endswith("]"):
+    for part in re.findall(r"\[\.\.\.\]|\[\d+\]|[^.\[]+", key):
+        if part.startswith("["):
             info = getattr(info, "item_type", getattr(info, "value_type", None))
         else:
             found = [f.type for f in getattr(info, "fields", ()) if f.encode_name == part]

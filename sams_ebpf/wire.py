@@ -313,6 +313,8 @@ def _parse(decoder: msgspec.msgpack.Decoder[_P], data: bytes | memoryview | msgs
 
 def _reorder(rows: list[list[bytes | int | None]], fields: list[str]) -> list[Record]:
     """Records of a batch whose columns are not today's: by name, absent ones as None."""
+    if not rows and not fields:
+        return []
     if fields[:KEY_COLUMNS] != FIELDS[:KEY_COLUMNS]:
         raise WireError(f"fields do not start with {', '.join(FIELDS[:KEY_COLUMNS])}")
     place = [fields.index(name) if name in fields else None for name in FIELDS]

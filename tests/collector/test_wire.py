@@ -37,6 +37,22 @@ def test_reads_back_what_was_written() -> None:
     assert wire.decode_header(wire.encode(batch())).identity == batch().identity
 
 
+def test_a_tombstone_has_no_columns() -> None:
+    dropped = wire.Dropped(
+        generation=1,
+        writer=bytes(8),
+        first_sequence=1,
+        last_sequence=2,
+        batches=2,
+        bytes=9,
+        reason="size",
+    )
+    tombstone = batch(
+        kind="tombstone", dropped=dropped, ledger=None, fields=[], sums=[], records=[]
+    )
+    assert wire.decode(wire.encode(tombstone)) == tombstone
+
+
 def test_columns_of_another_version_are_read_by_name() -> None:
     document = wire.to_plain(wire.encode(batch()))
     document["fields"] = ["path", "flags", "script", "joules", "cpu_ns"]

@@ -1,0 +1,1 @@
+"""Benchmarks: measured, written down with their method, never asserted on time."""

@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0) */
+/*
+ * Everything that differs between kernels and between loaders, by feature and never by
+ * version. The programs read kernel memory, name maps and declare themselves through
+ * these macros alone.
+ */
+#ifndef SAMS_KERNEL_COMPAT_H
+#define SAMS_KERNEL_COMPAT_H
+
+#include "kernel_types.h"
+#include "record.h"
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+
+#define MAP(name)		   (&(name))
+#define OPTION(type, name, preset) const volatile type name = preset
+
+/* PROGRAM(name, "tracepoint") { … ARG(0) … } */
+#define PROGRAM(name, tracepoint) \
+	SEC("raw_tp/" tracepoint) \
+	int name(struct bpf_raw_tracepoint_args *ctx)
+#define ARG(n) (ctx->args[n])
+
+/* READ(pointer, field.of.it): one probe read; the value is 0 where it cannot be read. */
+#define READ(pointer, field)                                                                 \
+	({                                                                                   \
+		typeof(pointer) _from = (pointer);                                           \
+		typeof(_from->field) _value;                                                 \
+		bpf_core_read(&_value, sizeof(_value), &_from->field);                       \
+		_value;                                                                      \
+	})
+
+#define TASK_DEAD     0x80
+#define PF_EXITING    0x4
+#define container(pointer, type, member) \
+	((type *)((char *)(pointer) - bpf_core_field_offset(type, member)))
+
+static __always_inline u32 task_state(struct task_struct *task)
+{
+	struct task_struct___before_5_14 *old = (void *)task;
+
+	if (bpf_core_field_exists(task->__state))
+		return READ(task, __state);
+	return READ(old, state);
+}
+
+static __always_inline u64 mm_rss_pages(struct mm_struct *mm)
+{
+	struct mm_struct___before_6_2 *old = (void *)mm;
+	s64 file, anon, shmem;
+
+	/* MM_FILEPAGES 0, MM_ANONPAGES 1, MM_SWAPENTS 2, MM_SHMEMPAGES 3 */
+	if (bpf_core_type_exists(struct mm_rss_stat___before_6_2)) {
+		file = READ(old, rss_stat.count[0].counter);
+		anon = READ(old, rss_stat.count[1].counter);
+		shmem = READ(old, rss_stat.count[3].counter);
+	} else {
+		file = READ(mm, rss_stat[0].count);
+		anon = READ(mm, rss_stat[1].count);
+		shmem = READ(mm, rss_stat[3].count);
+	}
+	if (file < 0)
+		file = 0;
+	if (anon < 0)
+		anon = 0;
+	if (shmem < 0)
+		shmem = 0;
+	return file + anon + shmem;
+}
+
+static __always_inline struct rq *run_queue(struct task_struct *task)
+{
+	struct cfs_rq *cfs_rq = 0;
+
+	if (!bpf_core_field_exists(task->se.cfs_rq) || !bpf_core_field_exists(cfs_rq->rq))
+		return 0;
+	cfs_rq = READ(task, se.cfs_rq);
+	return cfs_rq ? READ(cfs_rq, rq) : 0;
+}
+
+static __always_inline u32 mount_namespace(struct task_struct *task)
+{
+	struct nsproxy *proxy = READ(task, nsproxy);
+	struct mnt_namespace *namespace = proxy ? READ(proxy, mnt_ns) : 0;
+
+	return namespace ? READ(namespace, ns.inum) : 0;
+}
+
+/* `id` replaced `union kernfs_node_id`, whose u64 stood at the same place and name, in 67c0496e87d1
+ * ("kernfs: convert kernfs_node->id from union kernfs_node_id to u64") (in v5.5). */
+static __always_inline u64 cgroup_kernfs_id(struct cgroup *cgroup)
+{
+	struct kernfs_node *node = READ(cgroup, kn);
+
+	return node ? READ(node, id) : 0;
+}
+
+/* Place of a v1 controller in css_set.subsys, negative for the v2 tree and for a controller
+ * that this kernel was built without. */
+#define SSID(name)                                                                  \
+	(bpf_core_enum_value_exists(enum cgroup_subsys_id, name##_cgrp_id) ?        \
+		 (int)bpf_core_enum_value(enum cgroup_subsys_id, name##_cgrp_id) : \
+		 -1)
+
+static __always_inline int ssid_of(u32 controller)
+{
+	switch (controller) {
+	case SAMS_CPUACCT:
+		return SSID(cpuacct);
+	case SAMS_CPU_CONTROLLER:
+		return SSID(cpu);
+	case SAMS_CPUSET:
+		return SSID(cpuset);
+	case SAMS_MEMORY:
+		return SSID(memory);
+	case SAMS_DEVICES:
+		return SSID(devices);
+	case SAMS_FREEZER:
+		return SSID(freezer);
+	case SAMS_PIDS:
+		return SSID(pids);
+	case SAMS_BLKIO:
+		return SSID(io);
+	default:
+		return -1;
+	}
+}
+
+/* The cgroup of a task in the tree of `controller`. */
+static __always_inline struct cgroup *task_cgroup(struct task_struct *task, u32 controller)
+{
+	struct css_set *set = READ(task, cgroups);
+	struct cgroup_subsys_state *css = 0;
+	int ssid;
+
+	if (!set)
+		return 0;
+	if (controller == SAMS_V2)
+		return READ(set, dfl_cgrp);
+	ssid = ssid_of(controller);
+	if (ssid < 0)
+		return 0;
+	bpf_probe_read_kernel(&css, sizeof(css),
+			      (char *)set + bpf_core_field_offset(struct css_set, subsys) +
+				      (ssid & 15) * sizeof(css));
+	return css ? READ(css, cgroup) : 0;
+}
+
+/*
+ * REPEAT(times, step, state): step(i, &state) until it says 1. bpf_loop() came with
+ * e6f2dd0f8067 ("bpf: Add bpf_loop helper") (in v5.17); without it only short walks pass
+ * the verifier.
+ */
+#ifdef NO_BPF_LOOP
+#define SAMS_GROUP_THREADS 64
+#define REPEAT(times, step, state)                 \
+	for (u32 _i = 0; _i < (times); _i++) {     \
+		if (step(_i, &(state)))            \
+			break;                     \
+	}
+#else
+#define SAMS_GROUP_THREADS (1 << 16)
+#define REPEAT(times, step, state) bpf_loop(times, step, &(state), 0)
+#endif
+
+/*
+ * Replace *place by `now` if it still is `seen`; says whether it did. Two settlings of
+ * one task (the harvest's and the task's own) then never both charge the same time.
+ * Fetching atomics came with 5ffa25502b5a ("bpf: Add instructions for atomic_[cmp]xchg")
+ * (in v5.12); before it the harvest may meet a task's own settling within some 100 ns.
+ */
+static __always_inline int replace(u64 *place, u64 seen, u64 now)
+{
+#ifdef NO_FETCHING_ATOMICS
+	*(volatile u64 *)place = now;
+	return 1;
+#else
+	return __sync_val_compare_and_swap(place, seen, now) == seen;
+#endif
+}
+
+#endif

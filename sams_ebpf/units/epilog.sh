@@ -1,0 +1,19 @@
+#!/bin/sh
+# Slurm Epilog: ends the accounting of this job's run. It calls no Slurm command, waits for
+# nothing and always succeeds. As part of a larger Epilog: run this file from it, with
+# `|| true`.
+
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+jobs=/run/sams-ebpf/jobs
+
+case $SLURM_JOB_ID in '' | *[!0-9]*) exit 0 ;; esac
+
+# Every unit of this job id: on a requeue, SLURM_JOB_RESTART_COUNT is already the next
+# run's here, so it cannot tell which run is ending. The next run's Prolog comes later.
+units="sams-ebpf@$SLURM_JOB_ID.service"
+for folder in "$jobs/$SLURM_JOB_ID".*; do
+	[ ! -d "$folder" ] || units="$units sams-ebpf@${folder##*/}.service"
+done
+# shellcheck disable=SC2086
+timeout -k 1 5 systemctl --no-block stop $units </dev/null
+exit 0

@@ -1,0 +1,160 @@
+"""The ledger closes: what was attributed is what the kernel charged to the job's cgroup."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cases import CASES, Case
+from groups import HIERARCHIES, Hierarchy
+from jobs import SETUPS, Job, Options, Result, SetUp, read_spool
+
+from sams_ebpf import wire
+
+pytestmark = pytest.mark.kernel
+
+MakeJob = Callable[..., Job]
+TICK_NS = 4_000_000
+
+
+def bound_ns(result: Result, setup: SetUp) -> int:
+    """How far attributed may be from what the kernel charged."""
+    ledger = result.ledger
+    assert ledger.cgroup_cpu_ns is not None
+    if setup == "exact":
+        return 2_000
+    missed = sum(ledger.lost.get(cause, 0) for cause in ("missed_deaths", "missed_death"))
+    return max(ledger.cgroup_cpu_ns // (200 if missed else 1000), 1_000_000)
+
+
+def unexplained_ns(ledger: wire.Ledger) -> int:
+    """`unattributed` but for what the ledger itself gives a cause for (what died before)."""
+    assert ledger.unattributed_cpu_ns is not None
+    return ledger.unattributed_cpu_ns - ledger.unattributed_by.get("before_attach", 0)
+
+
+def check(job: Job, case: Case, setup: SetUp) -> None:
+    result = job.finish()
+    ledger, processes, expected = result.ledger, result.processes, job.expected
+    assert ledger.cgroup_cpu_ns is not None
+    assert ledger.attributed_cpu_ns == result.total("cpu_ns"), "attributed is the sum of the rows"
+    assert abs(unexplained_ns(ledger)) <= bound_ns(result, setup), ledger
+    assert None not in (processes.forks, processes.exits, processes.live)
+    into = (processes.forks or 0) + (processes.adopted or 0) + (processes.moved_in or 0)
+    out = (processes.exits or 0) + (processes.live or 0) + (processes.moved_out or 0)
+    assert into == out, processes
+    assert processes.live == expected.live
+    assert result.total("user_ns") + result.total("system_ns") == ledger.attributed_cpu_ns
+    if case.entered:
+        assert into == expected.forks + expected.adopted + expected.moved_in
+    if case.counts:
+        assert processes.forks == result.total("forks") == expected.forks
+        assert processes.exits == result.total("exits") == expected.exits
+        assert result.total("execs") == expected.execs
+        assert (processes.moved_in, processes.moved_out, processes.adopted) == (
+            expected.moved_in,
+            expected.moved_out,
+            expected.adopted,
+        )
+    overflow = [r for r in result.records.values() if r.flags & wire.OVERFLOW]
+    if case.quota is not None or case.total_entries is not None:
+        assert sum(row.execs or 0 for row in overflow) > 0, "the overflow row took the rest"
+        assert sum(ledger.lost.values()) > 0, "and it is counted"
+    else:
+        assert not overflow
+
+
+def drive(make_job: MakeJob, case: Case, hierarchy: Hierarchy, setup: SetUp) -> None:
+    options = Options(setup=setup, quota=case.quota, total_entries=case.total_entries)
+    job = make_job(hierarchy, options=options, collected=case.before is None)
+    if case.before is not None:
+        case.before(job)
+        job.attach()
+    case.drive(job)
+    check(job, case, setup)
+
+
+def possible(case: Case, hierarchy: Hierarchy) -> bool:
+    """Threads move singly between domains on v1 only."""
+    return hierarchy == "v1" or case.name != "threads_moved_singly"
+
+
+EVERY = [
+    pytest.param(case, hierarchy, setup, id=f"{case.name}-{hierarchy}-{setup}")
+    for case in CASES
+    for hierarchy in HIERARCHIES
+    for setup in SETUPS
+    if possible(case, hierarchy)
+]
+
+
+@pytest.mark.parametrize(("case", "hierarchy", "setup"), EVERY)
+def test_the_ledger_closes(
+    make_job: MakeJob, case: Case, hierarchy: Hierarchy, setup: SetUp
+) -> None:
+    drive(make_job, case, hierarchy, setup)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("case", "hierarchy", "setup"), EVERY)
+def test_the_ledger_closes_in_twenty_of_twenty_runs(
+    make_job: MakeJob, case: Case, hierarchy: Hierarchy, setup: SetUp
+) -> None:
+    for _ in range(20):
+        drive(make_job, case, hierarchy, setup)
+
+
+@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+def test_ten_thousand_commands_from_a_shell(make_job: MakeJob, hierarchy: Hierarchy) -> None:
+    job = make_job(hierarchy)
+    job.run(job.programs["storm.sh"], "10000")
+    check(job, Case("ten_thousand", lambda _: None), "default")
+
+
+@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+@pytest.mark.parametrize("setup", SETUPS)
+def test_in_mid_life_within_a_tick_per_running_thread(
+    make_job: MakeJob, hierarchy: Hierarchy, setup: SetUp
+) -> None:
+    threads = 6
+    job = make_job(hierarchy, options=Options(setup=setup, interval_s=0.5))
+    process = job.launch(job.programs["waiter"], str(threads))
+    job.truth.wait_for("ready")
+    process_time = job.group.cpu_ns()
+    while job.group.cpu_ns() < process_time + 4_000_000_000:
+        # Short lives beside the long one: harvests fall between fork, exec and exit.
+        job.run(job.programs["burn"], "2000")
+    job.stop.touch()
+    job.ended(process)
+    job.group.wait_empty()
+    check(job, Case("mid_life", lambda _: None), setup)
+    batches = [b for b in read(job) if b.final is None and (b.ledger or 0)]
+    assert len(batches) >= 3
+    before = 0
+    for batch in batches:
+        assert batch.ledger is not None
+        running = min(threads + 1, len(os.sched_getaffinity(0)))
+        assert abs(unexplained_ns(batch.ledger)) <= TICK_NS * running, batch.ledger
+        assert batch.ledger.attributed_cpu_ns >= before, "never backwards"
+        before = batch.ledger.attributed_cpu_ns
+
+
+def read(job: Job) -> list[wire.Batch]:
+    assert job.collector is not None
+    found = read_spool(job.collector.spool, job.job_id)
+    return sorted(found, key=lambda b: (b.generation, b.sequence))
+
+
+def test_each_executable_gets_its_own(make_job: MakeJob, tmp_path: Path) -> None:
+    """CPU goes to the executable that used it: known burns under known names."""
+    job = make_job("v2")
+    burns = {"one": 30_000, "two": 60_000, "three": 120_000}
+    for name, microseconds in burns.items():
+        job.run(job.programs.copy("burn", tmp_path / name), str(microseconds))
+    names = job.finish().by_name()
+    for name, microseconds in burns.items():
+        # Start and end of a process come on top of what it burned.
+        assert microseconds * 1000 <= names[name] <= microseconds * 1000 + 8_000_000

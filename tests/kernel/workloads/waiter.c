@@ -1,0 +1,30 @@
+/* waiter THREADS: THREADS threads work until the file $STOP exists; a child that did too is reaped. */
+#include "workload.h"
+
+static volatile int stop;
+
+static void *body(void *unused)
+{
+	while (!stop)
+		burn_us(1000);
+	return unused;
+}
+
+int main(int argc, char **argv)
+{
+	long threads = number(argc, argv, 1, 1);
+	const char *file = getenv("STOP");
+	pthread_t thread[64];
+
+	if (!file || threads > 64)
+		return 2;
+	for (long i = 0; i < threads; i++)
+		thread_or_die(&thread[i], 0, body, NULL);
+	truth("ready", 1);
+	while (access(file, F_OK))
+		usleep(2000);
+	stop = 1;
+	for (long i = 0; i < threads; i++)
+		pthread_join(thread[i], NULL);
+	return 0;
+}

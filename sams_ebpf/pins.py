@@ -24,7 +24,7 @@ from sams_ebpf.programs import Options, ProgramSet
 
 ROOT: Final = Path("/sys/fs/bpf/sams-ebpf")
 LOCK: Final = Path("/run/sams-ebpf/lock")
-_UNFINISHED: Final = ".new"
+_UNFINISHED: Final = "-new"  # no dot: bpffs refuses those
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def lock(path: Path = LOCK) -> Iterator[None]:
 def folders(root: Path = ROOT) -> list[Path]:
     """List the pinned sets, oldest first."""
     try:
-        found = [path for path in root.iterdir() if path.is_dir() and path.suffix != _UNFINISHED]
+        found = [path for path in root.iterdir() if path.is_dir() and not path.name.endswith(_UNFINISHED)]
     except FileNotFoundError:
         return []
     return sorted(found, key=lambda path: path.stat().st_ctime_ns)
@@ -55,7 +55,9 @@ def open_set(folder: Path) -> ProgramSet:
     """Open a pinned set. Raises BpfError if it is not whole."""
     maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
     iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in programs.ITERATORS}
-    return ProgramSet(maps, iterators, {}, loader="bcc" if folder.name.endswith("-bcc") else "libbpf")
+    return ProgramSet(
+        maps, iterators, {}, loader="bcc" if folder.name.endswith("-bcc") else "libbpf"
+    )
 
 
 def find(options: Options, root: Path = ROOT) -> ProgramSet | None:

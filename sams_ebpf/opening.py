@@ -1,0 +1,162 @@
+"""Which meter a job gets: its slot in the pinned programs, or samples of `/proc`.
+
+A job's slot is known by the last part of its cgroup's path (`job_N` or a SLUID): that is
+how the kernel side named it when the cgroup was made, also when the cgroup has gone
+since, and whatever cgroup namespace this process sees paths from.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from sams_ebpf import bpf, cgroups, config, host, layout, pins, probe, slots
+from sams_ebpf.cgroups import Cgroup, Hierarchy
+from sams_ebpf.errors import NotPossibleError
+from sams_ebpf.host import Attempt, Choice
+from sams_ebpf.procfs import ProcMeter
+from sams_ebpf.programs import Options, ProgramSet
+from sams_ebpf.tracing import BpfMeter
+
+# How long a job's earlier collector, told to end, may take for its last batch.
+HANDOVER_S: Final = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+def options(site: config.Config, hierarchies: Sequence[Hierarchy]) -> Options:
+    """Give what a site's programs are loaded with. Raises NotPossibleError without cgroups."""
+    settings = site.collector
+    node = site.site.node_name()
+    return Options(
+        hierarchy=tree(hierarchies),
+        exact=settings.exact,
+        quota=settings.executables_per_job,
+        limit_percent=settings.programs_limit_percent,
+        parents=tuple(parent.replace("{node}", node) for parent in settings.cgroup_parents),
+    )
+
+
+def tree(hierarchies: Sequence[Hierarchy]) -> Hierarchy:
+    """Choose the tree that jobs are told by.
+
+    As Slurm itself does it: v2 where it is mounted alone, v1 where there is any of its
+    controllers; there the one with a CPU counter, or else one that every job is in.
+    """
+    v1 = [h for h in hierarchies if h.version == 1]
+    for wanted in ("cpuacct", "freezer", "memory", "cpuset", "devices", "pids"):
+        for hierarchy in v1:
+            if wanted in hierarchy.controllers:
+                return hierarchy
+    for hierarchy in hierarchies:
+        if hierarchy.version == 2:
+            return hierarchy
+    raise NotPossibleError("no cgroup hierarchy is mounted: mount cgroup2 on /sys/fs/cgroup")
+
+
+class Opener:
+    """Finds out once what this host can do, then opens meters for one job.
+
+    names: last parts of the path that the job's cgroup can have. Raises NotPossibleError
+    where the mode that was asked for cannot be had.
+    """
+
+    def __init__(self, site: config.Config, names: Sequence[str]) -> None:
+        self._site = site
+        self._names = [name.encode() for name in names]
+        self.hierarchies = cgroups.mounted()
+        settings = site.collector
+        self.choice: Choice = probe.decide(self._load, mode=settings.mode, loader=settings.loader)
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether the kernel side counts, awake or not."""
+        return self.choice.mode == "bpf"
+
+    def _load(self, loader: host.Loader) -> Attempt:
+        if loader == "bcc":
+            return Attempt(host.LOAD_BCC, False, "not for pinned programs")
+        try:
+            with pins.lock():
+                pins.load(options(self._site, self.hierarchies), stay=False)
+        except (bpf.BpfError, NotPossibleError) as error:
+            return Attempt(host.LOAD_LIBBPF, False, str(error))
+        return Attempt(host.LOAD_LIBBPF, True, "loaded, or found pinned")
+
+    def sampled(self, found: Sequence[Cgroup], instance: str) -> ProcMeter:
+        """Open a meter that samples; baselines are kept in the state folder."""
+        settings = self._site.collector
+        file = settings.state / f"proc-{instance}.json"
+        return ProcMeter(
+            found, file, quota=settings.executables_per_job, hierarchies=self.hierarchies
+        )
+
+    def slot(self) -> BpfMeter | None:
+        """Claim the slot the kernel side has made for the job; None if there is none (yet).
+
+        One that a living collector of an earlier run still holds is waited for: that one
+        has been told to end.
+        """
+        deadline = time.monotonic() + HANDOVER_S
+        while True:
+            with pins.lock():
+                for used, slot in self._slots():
+                    holder = _holder(used, slot)
+                    if holder is None or time.monotonic() >= deadline:
+                        return self._meter(used, slot)
+                    break
+                else:
+                    return None
+            time.sleep(0.05)
+
+    def take(self, cgroup: Cgroup) -> BpfMeter:
+        """Take a slot by hand for a cgroup that the kernel side did not recognise."""
+        with pins.lock():
+            # Once more: a set without jobs that is not to stay may be gone by now.
+            used = pins.load(options(self._site, self.hierarchies), stay=False)
+            return self._meter(used, slots.take(used, cgroup), cgroup)
+
+    def _meter(self, used: ProgramSet, slot: layout.Slot, cgroup: Cgroup | None = None) -> BpfMeter:
+        where = cgroup or self._place(os.fsdecode(slot.path))
+        return BpfMeter(used, slot, where, let_go=pins.let_go)
+
+    def _slots(self) -> Iterator[tuple[ProgramSet, layout.Slot]]:
+        """Slots of this job in every pinned set: after an upgrade it may be in an older one."""
+        for folder in pins.folders():
+            try:
+                used = pins.open_set(folder)
+            except bpf.BpfError as error:
+                _log.warning("%s; passed over", error)
+                continue
+            found = [s for s in slots.used(used) if s.path.rpartition(b"/")[2] in self._names]
+            yield from ((used, slot) for slot in found)
+
+    def _place(self, path: str) -> Cgroup:
+        """Find where a path of the kernel's is mounted; it need not be there any more.
+
+        Inside a cgroup namespace the first parts of the path are not to be seen.
+        """
+        hierarchy = tree(self.hierarchies)
+        path = path.removeprefix(hierarchy.root.rstrip("/"))
+        short = path
+        while short.count("/") > 1:
+            if Path(hierarchy.folder(os.path.dirname(short))).is_dir():  # noqa: PTH120
+                return Cgroup(folder=hierarchy.folder(short), path=short, hierarchy=hierarchy)
+            short = short[short.index("/", 1) :]
+        return Cgroup(folder=hierarchy.folder(path), path=path, hierarchy=hierarchy)
+
+
+def _holder(used: ProgramSet, slot: layout.Slot) -> int | None:
+    """Give the PID of the living collector that has claimed a slot; None if there is none."""
+    claim = slots.claim_of(used, slot.id)
+    if claim is None or claim.pid in (0, os.getpid()):
+        return None
+    try:
+        words = Path(f"/proc/{claim.pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return claim.pid if b"collect" in words else None

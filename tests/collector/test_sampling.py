@@ -62,14 +62,27 @@ def test_steady_process_loses_only_its_last_interval() -> None:
     assert bench.account.unattributed_by == {sampling.DIED: SECOND // 2}
 
 
+def test_what_the_counter_does_not_show_yet_is_counted_later() -> None:
+    """v2 counts whole µs, a process's clock ns."""
+    bench = Bench()
+    start = bench.now_ns
+    bench.sample(1000, bench.seen(5, 1999, start_ns=start))
+    bench.sample(3000, bench.seen(5, 2999, start_ns=start, parent=4), members=[4, 5])
+    assert bench.cpu(b"/bin/a") == 1000 + 1000
+    bench = Bench()
+    bench.sample(1000, bench.seen(5, 1999, start_ns=start, parent=4), members=[4, 5])
+    bench.sample(3000, bench.seen(5, 2999, start_ns=start), members=[4, 5])
+    assert bench.cpu(b"/bin/a") == 2999
+
+
 def test_an_exec_is_noticed_and_its_interval_is_nobodys() -> None:
     bench = Bench()
     start = bench.now_ns
     bench.sample(100, bench.seen(5, 100, start_ns=start))
-    bench.sample(300, bench.seen(5, 300, B, start_ns=start))
-    bench.sample(700, bench.seen(5, 700, B, start_ns=start))
+    bench.sample(5300, bench.seen(5, 300, B, start_ns=start))
+    bench.sample(5700, bench.seen(5, 700, B, start_ns=start))
     assert (bench.cpu(b"/bin/a"), bench.cpu(b"/bin/b")) == (100, 400)
-    assert bench.account.unattributed_by == {sampling.EXEC_AMBIGUOUS: 200}
+    assert bench.account.unattributed_by == {sampling.EXEC_AMBIGUOUS: 200, sampling.DIED: 5000}
 
 
 def test_a_renamed_or_deleted_file_is_no_exec() -> None:
@@ -241,6 +254,8 @@ def test_a_known_process_is_counted_to_its_death() -> None:
         death(bench, 6, 350, B, start_ns=start),
         # Another process than the one of this PID that was seen.
         death(bench, 7, 350, start_ns=start - 10 * SECOND),
+        # And one that took the PID of the first after it.
+        death(bench, 5, 900, start_ns=start + SECOND),
     ]
     bench.sample(3000, deaths=deaths, gone=[5, 6, 7])
     bench.sample(3000, deaths=deaths)
@@ -255,6 +270,7 @@ def test_a_death_of_a_reused_pid_is_nobodys() -> None:
     again = bench.seen(5, 50, B, start_ns=bench.now_ns + 1)
     bench.sample(3999, again, deaths=[death(bench, 5, 900, start_ns=start)], members=[5])
     assert (bench.cpu(b"/bin/a"), bench.cpu(b"/bin/b")) == (100, 50)
+    assert bench.account.exec_ambiguous_ns == 0
 
 
 def test_split_of_the_unseen_dead_is_right_for_many() -> None:

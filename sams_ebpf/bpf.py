@@ -324,7 +324,8 @@ def _last(lines: list[str]) -> str:
     words = [
         line
         for line in lines
-        if line and not line.startswith(("libbpf: failed to load", "-- ", "processed", "libbpf: prog"))
+        if line
+        and not line.startswith(("libbpf: failed to load", "-- ", "processed", "libbpf: prog"))
     ]
     causes = [line for line in words if not line.startswith(("libbpf: elf", ";", "0:"))]
     return (causes or words or [""])[-1].removeprefix("libbpf: ")

@@ -55,7 +55,9 @@ def open_set(folder: Path) -> ProgramSet:
     """Open a pinned set. Raises BpfError if it is not whole."""
     maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
     iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in programs.ITERATORS}
-    return ProgramSet(maps, iterators, {}, loader="bcc" if folder.name.endswith("-bcc") else "libbpf")
+    return ProgramSet(
+        maps, iterators, {}, loader="bcc" if folder.name.endswith("-bcc") else "libbpf"
+    )
 
 
 def find(options: Options, root: Path = ROOT) -> ProgramSet | None:

@@ -116,9 +116,7 @@ def object_bytes() -> bytes:
     try:
         return (importlib.resources.files("sams_ebpf") / "_bpf" / OBJECT).read_bytes()
     except FileNotFoundError as error:
-        raise bpf.BpfError(
-            f"{error.filename}: missing; the package was not built whole"
-        ) from error
+        raise bpf.BpfError(f"{error.filename}: missing; the package was not built whole") from error
 
 
 def attempt(loader: Literal["libbpf", "bcc"]) -> Attempt:

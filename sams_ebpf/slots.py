@@ -57,7 +57,8 @@ def claim(programs: ProgramSet, slot: layout.Slot) -> layout.Claim:
     now = layout.Claim(
         slot_id=slot.id,
         # A slot of the kernel's making began before anyone could read the wall clock.
-        begin_ns=time.time_ns() - max(0, time.clock_gettime_ns(time.CLOCK_BOOTTIME) - slot.birth_ns),
+        begin_ns=time.time_ns()
+        - max(0, time.clock_gettime_ns(time.CLOCK_BOOTTIME) - slot.birth_ns),
     )
     known = claim_of(programs, slot.id) or now
     mine = known._replace(generation=known.generation + 1, pid=os.getpid())

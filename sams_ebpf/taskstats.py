@@ -140,6 +140,23 @@ class Listener:
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer_bytes)
         cpus = _POSSIBLE.read_text().strip().encode() + b"\0"
         self._ask(number, _GET, _attribute(_REGISTER_CPUS, cpus))
+        self._try_out()
+
+    def _try_out(self) -> None:
+        """Let a process die and look whether that is told.
+
+        In a network namespace other than the host's the kernel takes the registration and
+        then sends the records where nobody listens.
+        """
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        exits, _ = self.drain()
+        if all(one.pid != pid for one in exits):
+            raise NotPossibleError(
+                "taskstats: exits are not told here; is this the host's network namespace?"
+            )
 
     def _ask(self, family: int, command: int, attributes: bytes) -> bytes:
         """Send a request; give the attributes of its answer, b"" if it is but an ack."""

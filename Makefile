@@ -5,7 +5,10 @@ PYTEST := $(BIN)/pytest
 
 APT_BUILD := clang llvm libbpf-dev libbpf1 make python3-venv
 APT_TEST  := gcc libc6-dev
+# The receiver: a real proxy, certificates, a file system whose power can be cut.
 APT_TEST  += nginx-light openssl e2fsprogs
+# The testbed: systemd and Slurm in namespaces of their own.
+APT_TEST  += systemd dbus iproute2 util-linux slurmctld slurmd slurm-client munge
 APT_BENCH := acct bpftrace libbpf-tools
 
 # Installs the packages that are missing, and says so only then.

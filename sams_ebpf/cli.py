@@ -36,6 +36,15 @@ def build() -> argparse.ArgumentParser:
     ship.add_argument("--once", action="store_true", help="try each batch once, then exit")
     ship.set_defaults(handler=_later("sams_ebpf.ship"))
     _units(commands.add_parser("install-units", help="put systemd units and Slurm hooks in place"))
+    probe = commands.add_parser(
+        "probe",
+        help="show what this host can do",
+        description="Try what this host can do, feature by feature, and show how a job would "
+        "be measured here and why each better way would not be used. Loads the programs for "
+        "a moment; leaves nothing behind.",
+    )
+    probe.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    probe.set_defaults(handler=_later("sams_ebpf.probe"))
     _status(commands.add_parser("status", help="show jobs, spool and programs of this node"))
     return parser
 

@@ -27,7 +27,7 @@ from sams_receiver.archive import Flag, Item, Kind, SyncFailedError
 from sams_receiver.archive import format as fmt
 from sams_receiver.archive.aside import Aside
 from sams_receiver.archive.seen import Verdict
-from sams_receiver.auth import Client, DeniedError, Door, read_secret, split_basic
+from sams_receiver.auth import Client, DeniedError, Door, read_proxy_secret, split_basic
 from sams_receiver.config import Listener, Receiver
 from sams_receiver.metrics import CONTENT_TYPE, Metrics
 from sams_receiver.quota import Daily, Rate, short_name
@@ -371,7 +371,9 @@ class Front(web.Server):
         self.listener = listener
         proxy = listener.proxy
         self.proxy_secret = (
-            read_secret(proxy.secret_file) if proxy is not None and proxy.secret_file else None
+            read_proxy_secret(proxy.secret_file)
+            if proxy is not None and proxy.secret_file
+            else None
         )
         self._app = app
         self._budget = budget

@@ -23,7 +23,7 @@ def run() -> Section:
     return Section(
         "Receiver: memory",
         f"{COUNT:,} requests on 100 connections: {COUNT - hostile:,} of {stampede.WRITERS:,}"
-        f" writers on {stampede.NODES:,} nodes, and {hostile:,} of one that is a new writer each time"
+        f" writers on {stampede.NODES:,} nodes, and {hostile:,} of one that is always a new writer"
         f" (its quota: {stampede.WRITERS_PER_DAY:,} writers a day, then 429). Default segments,"
         " sealed all the while. Resident memory of the one process.",
         [Table(("requests", "MB"), [(p.requests, p.rss >> 20) for p in shown])],

@@ -116,7 +116,8 @@ class Map:
     def lookup(self, key: bytes) -> bytes | None:
         """Value at key; None if there is none."""
         if library().bpf_map_lookup_elem(self.fd, key, self._value) < 0:
-            return self._absent("look-up")
+            self._absent("look-up")
+            return None
         return self._value.raw
 
     def update(self, key: bytes | None, value: bytes, flags: int = ANY) -> bool:
@@ -138,10 +139,11 @@ class Map:
     def pop(self) -> bytes | None:
         """Take the next of a queue; None if it is empty."""
         if library().bpf_map_lookup_and_delete_elem(self.fd, None, self._value) < 0:
-            return self._absent("pop")
+            self._absent("pop")
+            return None
         return self._value.raw
 
-    def keys(self) -> list[bytes]:
+    def all_keys(self) -> list[bytes]:
         """All keys now; elements made or removed meanwhile may or may not be among them."""
         found: list[bytes] = []
         key: bytes | None = None
@@ -161,10 +163,6 @@ class Map:
     def close(self) -> None:
         """Let go of the map; pinned or used by a program, it lives on."""
         os.close(self.fd)
-
-
-class _BpfMapInfo(ctypes.Structure):
-    _fields_ = (("type", _U32), ("id", _U32), ("key_size", _U32), ("value_size", _U32))
 
 
 def open_map(path: Path) -> Map:
@@ -189,6 +187,14 @@ def attach_raw_tracepoint(name: str, program_fd: int) -> int:
     """Run the program at a tracepoint; descriptor of the link."""
     what = f"tracepoint {name}: cannot be attached to"
     return _check(library().bpf_raw_tracepoint_open(name.encode(), program_fd), what)
+
+
+def mount(source: bytes, target: Path, kind: bytes) -> int:
+    """Mount a file system; 0, or the errno."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(source, os.fsencode(target), kind, 0, None) == 0:
+        return 0
+    return ctypes.get_errno()
 
 
 class _LinkOptions(ctypes.Structure):  # struct bpf_link_create_opts of libbpf

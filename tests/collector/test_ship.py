@@ -416,8 +416,8 @@ def test_killed_at_random_moments(
     config = configure(tmp_path / "c.yaml", folder, dict(list(targets.items())[:receivers]))
     chance = random.Random(receivers)
     slow = shipping.hang(0.02)
-    receiver.behave = shipping.mostly(chance, 0.2, slow, shipping.reset, shipping.status(500))
-    sent = kill_until_empty(folder, config, 4, chance, 150)
+    receiver.behave = shipping.mostly(chance, 0.1, slow, shipping.reset, shipping.status(500))
+    sent = kill_until_empty(folder, config, 4, chance, 100)
     for one in (receiver, second)[:receivers]:
         assert sorted(one.stored) == sorted(sent)
         assert one.conflicts == 0

@@ -20,6 +20,9 @@ def build() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _ingest(commands)
+    _software(commands)
+    _extract(commands)
+    _export(commands)
     _report(commands)
     _timeline(commands)
     _reprocess(commands)
@@ -78,6 +81,88 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="output of `TZ=UTC sacct -P -D -X --format=…`; its rows are archived",
     )
+
+
+def _software(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "software",
+        help="map paths to software by the site's rules",
+        description="Map the paths of executables to software by the rules in the section"
+        " `software` of the configuration, which are those of SAMS (sams.software.Regexp).",
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    update = _rules_action(
+        actions, "update", "map what is new, or everything under rules that have changed"
+    )
+    update.add_argument("--dry-run", action="store_true", help="only show what would change")
+    update.add_argument("--all", action="store_true", help="show every path that changes")
+    show = _rules_action(actions, "show", "show paths and their software")
+    show.add_argument("--json", action="store_true", help="as JSON")
+    _rules_action(actions, "undetermined", "show the paths that no rule matches")
+    reset = _rules_action(actions, "reset", "forget the software of some paths, map them anew")
+    reset.add_argument("--dry-run", action="store_true", help="only show which")
+    for action in (show, reset):
+        action.add_argument("--path", metavar="GLOB", help="only paths like this; * includes /")
+        action.add_argument("--software", metavar="GLOB", help="only software of such a name")
+    test = _rules_action(actions, "test", "show what the rules make of given paths, and why")
+    test.add_argument("paths", nargs="+", metavar="PATH")
+
+
+def _rules_action(
+    actions: Commands[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    config.add_options(action)
+    action.add_argument(
+        "--rules", type=Path, metavar="FILE", help="rules in this file, not the configured ones"
+    )
+    action.set_defaults(handler=later("sams_aggregator.software", f"{name}_command"))
+    return action
+
+
+def _extract(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "extract",
+        help="write SAMS records of runs that have ended and settled",
+        description="Write SAMS XML records of all runs that have ended and settled and are new"
+        " or say something else than when they were sent. May be killed at any moment: the"
+        " next call writes the same files.",
+    )
+    config.add_options(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER", help="instead of aggregator.extract.output"
+    )
+    parser.add_argument(
+        "--since", metavar="DATE", help="only runs that ended at or after YYYY-MM-DD[THH:MM:SS]"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be written")
+    parser.add_argument(
+        "--unsendable",
+        action="store_true",
+        help="list records that were sent and can no longer be withdrawn",
+    )
+    parser.set_defaults(handler=later("sams_aggregator.extract"))
+
+
+def _export(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "export-sams-json",
+        help="write the JSON files that upstream's aggregator reads",
+        description="Write one JSON file for each job and node, as upstream's collector does.",
+    )
+    config.add_options(parser)
+    parser.add_argument("output", type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--since", metavar="DATE", help="only runs that ended at or after YYYY-MM-DD[THH:MM:SS]"
+    )
+    parser.add_argument(
+        "--jobid-hash-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sub-folders of N job ids each, as upstream's receiver makes them; 0 for none",
+    )
+    parser.set_defaults(handler=later("sams_aggregator.export_sams_json"))
 
 
 def _report(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -10,6 +10,7 @@ is not on the short list below is answered with "not known", which is always saf
 from __future__ import annotations
 
 import re
+import warnings
 from re import _constants as c  # type: ignore[attr-defined]  # the tree has no public name
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any, Final
@@ -48,7 +49,7 @@ def to_re2(pattern: str) -> str | None:
     The answer may match more than `pattern` does, never less.
     """
     try:
-        tree = parser.parse(pattern)
+        tree = _parse(pattern)
         flags = tree.state.flags
         if flags & ~(_HARMLESS | re.IGNORECASE):
             return None
@@ -56,6 +57,12 @@ def to_re2(pattern: str) -> str | None:
     except (_Unknown, RecursionError):
         return None
     return f"(?i:{body})" if flags & re.IGNORECASE else f"(?:{body})"
+
+
+def _parse(pattern: str) -> Any:  # noqa: ANN401
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of spellings that may mean something else one day
+        return parser.parse(pattern)
 
 
 def _sequence(tree: Any) -> str:  # noqa: ANN401 - nodes of the tree are plain tuples
@@ -133,7 +140,7 @@ def is_linear(pattern: str) -> bool:
     so there is nothing to come back to. False means only that this is not known.
     """
     try:
-        tree = parser.parse(pattern)
+        tree = _parse(pattern)
         folded = bool(tree.state.flags & re.IGNORECASE)
         _, _, ways = _walk(tree, 0, folded=folded)
     except (_Unknown, RecursionError):

@@ -141,20 +141,17 @@ class Rules:
         """Check plain YAML data: `rules`, `rewrite`, `stop_on_rewrite_match`.
 
         They may stand under `sams.software.Regexp:`, as in upstream's file. `ready_made`
-        names rules of this package that are tried after the site's own. Raises
-        RulesError, which starts with `where` and, if `line_of` knows it, the line.
+        names rules of this package that are tried after the site's own; they rewrite
+        nothing. Raises RulesError, which starts with `where` and, if `line_of` knows it,
+        the line.
         """
         reader = _Reader(where, line_of)
         rules, rewrites, stop = reader.read(document)
         for name in ready_made:
             text, origin = ready_made_text(name)
             more = _Reader(origin, None)
-            extra, changes, _ = more.read(yaml.safe_load(text))
+            extra, _, _ = more.read(yaml.safe_load(text))
             rules += [_renumbered(rule, len(rules) + n) for n, rule in enumerate(extra, 1)]
-            rewrites += [
-                Rewrite(len(rewrites) + n, r.match, r.update, r.risky)
-                for n, r in enumerate(changes, 1)
-            ]
         return cls(rules, rewrites, stop_on_rewrite_match=stop, warnings=tuple(reader.warnings))
 
     @classmethod
@@ -632,8 +629,7 @@ class _Reader:
     def _regex(self, pattern: str, keys: tuple[str | int, ...], label: str) -> re.Pattern[str]:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                warnings.simplefilter("ignore", DeprecationWarning)
+                warnings.simplefilter("ignore")  # of spellings that may change one day
                 return re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise self._error(keys, f"{label}broken regexp {pattern!r}: {error}") from error

@@ -23,7 +23,7 @@ from sams_aggregator import config as cfg
 from sams_aggregator import rules as rules_module
 from sams_aggregator import state as st
 from sams_aggregator.globs import compile_glob
-from sams_aggregator.rules import Rules, RulesError, Software
+from sams_aggregator.rules import Rules, Software
 from sams_ebpf import paths, settings
 from sams_ebpf.errors import PartialError, UsageError
 
@@ -62,6 +62,14 @@ class Outcome(NamedTuple):
 
 
 # ------------------------------------------------------------------ the site's rules
+
+
+def config_file(arguments: argparse.Namespace) -> Path | None:
+    """Name the configuration file that `config.load` reads, None if there is none."""
+    named: Path | None = arguments.config
+    if named is None and cfg.DEFAULT_FILE.exists():
+        return cfg.DEFAULT_FILE
+    return named
 
 
 def load_rules(config: cfg.Config, where: Path | None, file: Path | None = None) -> Rules:
@@ -235,7 +243,7 @@ def _make_current(state: st.State, version: str) -> None:
 def update_command(arguments: argparse.Namespace) -> int:
     """`software update`."""
     config = cfg.load(arguments)
-    rules = load_rules(config, arguments.config, arguments.rules)
+    rules = load_rules(config, config_file(arguments), arguments.rules)
     state = st.open_state(config.aggregator)
     try:
         for text in rules.warnings:
@@ -269,7 +277,7 @@ def show_command(arguments: argparse.Namespace) -> int:
 def undetermined_command(arguments: argparse.Namespace) -> int:
     """`software undetermined`."""
     config = cfg.load(arguments)
-    rules = load_rules(config, arguments.config, arguments.rules)
+    rules = load_rules(config, config_file(arguments), arguments.rules)
     state = st.open_state(config.aggregator)
     try:
         every = list(_all_paths(state))
@@ -292,7 +300,7 @@ def reset_command(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             print(f"{len(rows)} paths would be mapped anew; nothing was written (--dry-run)")
             return 0
-        rules = load_rules(chosen.config, arguments.config, arguments.rules)
+        rules = load_rules(chosen.config, config_file(arguments), arguments.rules)
         forget(chosen.state, rules.version, [path for path, _ in rows])
         outcome = update(chosen.state, rules)
     finally:
@@ -303,7 +311,7 @@ def reset_command(arguments: argparse.Namespace) -> int:
 
 def test_command(arguments: argparse.Namespace) -> int:
     """`software test`: what the rules make of paths that need not be known."""
-    rules = load_rules(cfg.load(arguments), arguments.config, arguments.rules)
+    rules = load_rules(cfg.load(arguments), config_file(arguments), arguments.rules)
     for text in rules.warnings:
         print(f"note: {text}", file=sys.stderr)
     for text in arguments.paths:
@@ -422,6 +430,3 @@ def _complain(late: Sequence[tuple[bytes, int]]) -> int:
         f"{len(late)} paths stay undetermined: a regexp took too long, the first time rule {rule}"
         f" at {paths.show(path)}"
     )
-
-
-__all__ = ["Change", "Outcome", "RulesError", "changes", "current", "load_rules", "update"]

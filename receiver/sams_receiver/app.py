@@ -174,7 +174,7 @@ class App:
                 response = await self._take(request, front, place)
         except Refusal as refusal:
             response = _refuse(refusal)
-            if refusal.status in (401, 413) or not request.content.is_eof():
+            if refusal.status in (401, 413) or self.stopping or not request.content.is_eof():
                 # Whoever is refused is not listened to any longer.
                 response.force_close()
         self.metrics.answered(what, response.status)
@@ -410,6 +410,11 @@ class Front(web.Server):
         for handler, since in list(self._since.items()):
             if since < limit:
                 self._transports[handler].abort()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being answered."""
+        return math.inf in self._since.values()
 
     def peer(self, request: web.BaseRequest) -> str:
         """Address of the other side; one name for all that come through a unix socket."""

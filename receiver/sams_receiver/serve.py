@@ -100,10 +100,7 @@ async def serve(settings: Receiver) -> None:
         app.stopping = True
         for server in servers:
             server.close()
-        for front in fronts:
-            front.pre_shutdown()
-        for front in fronts:
-            await front.shutdown(settings.shutdown_seconds)
+        await _finish(fronts, settings.shutdown_seconds)
         await store.close()
         for listener in settings.listen:
             if listener.unix is not None:
@@ -150,6 +147,18 @@ def _socket_mode(path: Path, mode: int) -> Iterator[None]:
         yield
     finally:
         os.umask(before)
+
+
+async def _finish(fronts: list[Front], seconds: float) -> None:
+    """Wait for what is under way, at most so long; then close every connection."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while any(front.busy for front in fronts):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    for front in fronts:
+        front.pre_shutdown()
+    for front in fronts:
+        await front.shutdown(1.0)
 
 
 async def _sweep(fronts: list[Front], budget: Budget, metrics: Metrics) -> None:

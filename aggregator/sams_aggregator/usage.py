@@ -40,8 +40,8 @@ class FactsSource:
         self._store = store
         self._now_ns = now_ns
         self._settle_ns = config.aggregator.settle_s * NS
-        self._zone = ZoneInfo(config.aggregator.timezone)
-        self._site = accounts.Site(config.aggregator.timezone, config.site.cluster)
+        self._zone = config.aggregator.timezone
+        self._site = site_of(config)
 
     def runs(self) -> Iterator[Run]:
         """One after the other; nothing but the run at hand is kept in memory."""
@@ -51,7 +51,7 @@ class FactsSource:
             names = {name: made.source(name) for name in ("run", "account", "path")}
             cursor = connection.execute(_QUERY.format(**names))
             columns = [column[0] for column in cursor.description]
-            for _, rows in groupby(_rows(cursor), key=lambda row: row[0]):
+            for _, rows in groupby(rows_of(cursor), key=lambda row: row[0]):
                 yield self._run(columns, list(rows))
         finally:
             connection.close()
@@ -70,7 +70,7 @@ class FactsSource:
         return Run(
             cluster=head["cluster"],
             job_id=head["job_id"],
-            start_text=head["start_text"] or self._digits(head["start_ns"]),
+            start_text=head["start_text"] or digits(head["start_ns"], self._zone),
             user=head["user"],
             account=head["project"],
             end_ns=None if head["running"] else end_ns,
@@ -79,12 +79,20 @@ class FactsSource:
             cpu_ns=[(bytes(row[-2]), int(row[-1])) for row in rows if row[-2] is not None],
         )
 
-    def _digits(self, start_ns: int | None) -> str | None:
-        if start_ns is None:
-            return None
-        return dt.datetime.fromtimestamp(start_ns // NS, self._zone).strftime("%Y%m%d%H%M%S")
+
+def site_of(config: cfg.Config) -> accounts.Site:
+    """What the accounts depend on, from the configuration."""
+    return accounts.Site(config.aggregator.timezone, config.site.cluster)
 
 
-def _rows(cursor: Any) -> Iterator[tuple[Any, ...]]:  # noqa: ANN401
+def digits(start_ns: int | None, zone: str) -> str | None:
+    """Give a start as Slurm prints it in the site's zone, digits only."""
+    if start_ns is None:
+        return None
+    return dt.datetime.fromtimestamp(start_ns // NS, ZoneInfo(zone)).strftime("%Y%m%d%H%M%S")
+
+
+def rows_of(cursor: Any) -> Iterator[tuple[Any, ...]]:  # noqa: ANN401
+    """Rows of a result, some at a time."""
     while rows := cursor.fetchmany(_ROWS):
         yield from rows

@@ -18,6 +18,10 @@ if "collect " not in cli.build().format_help():
     collect_ignore = [f"test_{name}.py" for name in ("ledger", "split", "concurrency", "killed")]
 
 
+if "run " not in cli.build().format_help():
+    collect_ignore = [*globals().get("collect_ignore", []), "test_fallback.py"]
+
+
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> workloads.Programs:
     return workloads.compile_all(tmp_path_factory.mktemp("programs"))

@@ -25,7 +25,7 @@ class Case:
 
     before: runs before the collector is there. counts: forks, execs and exits are known
     exactly; else only that they balance. entered: at least how many came in is.
-    quota, total_entries: see `jobs.Options`.
+    quota: see `jobs.Options`.
     """
 
     name: str
@@ -34,7 +34,6 @@ class Case:
     counts: bool = True
     entered: bool = True
     quota: int | None = None
-    total_entries: int | None = None
 
 
 def _runs(*command: str) -> Drive:
@@ -193,5 +192,4 @@ CASES: tuple[Case, ...] = (
     Case("nested_cgroups", _nested),
     Case("cgroup_made_again", _made_again),
     Case("quota_too_small", _runs("@many_names", "%", "150", "@burn"), quota=20),
-    Case("map_too_small", _runs("@many_names", "%", "150", "@burn"), total_entries=64),
 )

@@ -25,8 +25,12 @@ SAMS = PRODUCT / "bin/sams-ebpf"
 # A long solver, a shell full of short commands with a longer one among them, a storm.
 WORK = {
     "solver": ["@burn", "5"],
-    "mixed": ["/bin/sh", "-c", "for i in 1 2 3 4 5 6 7 8; do seq 20000 | sort -r | gzip -9 | "
-              "wc -c; done; python3 -c 'print(sum(i * i for i in range(2000000)))'"],
+    "mixed": [
+        "/bin/sh",
+        "-c",
+        "for i in 1 2 3 4 5 6 7 8; do seq 20000 | sort -r | gzip -9 | "
+        "wc -c; done; python3 -c 'print(sum(i * i for i in range(2000000)))'",
+    ],
     "storm": ["/bin/sh", "-c", "i=0; while [ $i -lt 300 ]; do /bin/true; i=$((i+1)); done"],
 }
 LEDGER = (
@@ -48,10 +52,7 @@ def main() -> None:
     steps: list[tuple[str, Callable[[], object]]] = [
         ("install", lambda: install(share)),
         ("probe", probe),
-        *(
-            (f"work-{loader or mode}", lambda m=mode, x=loader: work(m, x))
-            for mode, loader in ways
-        ),
+        *((f"work-{loader or mode}", lambda m=mode, x=loader: work(m, x)) for mode, loader in ways),
         ("unit", lambda: unit(row)),
         *((f"tests-{x}", lambda x=x: tests(share, row, x)) for x in loaders or [None]),
     ]
@@ -100,9 +101,7 @@ def work(mode: str, loader: str | None) -> dict[str, Any]:
     """Run the three workloads; how much of each was attributed, and at what cost."""
     found = {}
     for name, command in WORK.items():
-        words = (
-            [sys.executable, "-c", BURN % command[1]] if command[0] == "@burn" else command
-        )
+        words = [sys.executable, "-c", BURN % command[1]] if command[0] == "@burn" else command
         out = Path("/tmp/report.json")  # noqa: S108 (a machine of its own)
         options = ["--mode", mode, *(("--loader", loader) if loader else ())]
         began = time.monotonic()

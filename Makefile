@@ -7,6 +7,8 @@ APT_BUILD := clang llvm libbpf-dev libbpf1 make python3-venv
 APT_TEST  := gcc libc6-dev
 # The testbed: systemd and Slurm in namespaces of their own.
 APT_TEST  += systemd dbus iproute2 util-linux slurmctld slurmd slurm-client munge
+APT_TEST  += iptables iproute2 openssl util-linux
+APT_TEST  += nginx-light openssl e2fsprogs
 # A lossy link, certificates.
 APT_TEST  += iptables openssl
 APT_BENCH := acct bpftrace libbpf-tools

@@ -20,6 +20,7 @@ def build() -> argparse.ArgumentParser:
         prog="sams-ebpf", description="Exact CPU accounting per executable for HPC jobs."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _collect(commands.add_parser("collect", help="measure one job on this node until it ends"))
     dump = commands.add_parser("dump", help="show batches as JSON lines")
     dump.add_argument("files", nargs="+", metavar="FILE", help="a batch file, or - for stdin")
     dump.set_defaults(handler=_later("sams_ebpf.dump"))
@@ -47,6 +48,29 @@ def build() -> argparse.ArgumentParser:
     probe.set_defaults(handler=_later("sams_ebpf.probe"))
     _status(commands.add_parser("status", help="show jobs, spool and programs of this node"))
     return parser
+
+
+def _collect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobid",
+        required=True,
+        metavar="N",
+        help="job id, or N.R as the instance of a unit for a later run of the job",
+    )
+    _config(parser)
+    parser.add_argument(
+        "--cgroup",
+        metavar="PATH",
+        help="the job's cgroup, a folder, path or systemd unit (default: the Slurm job's)",
+    )
+    parser.add_argument("--node", metavar="NAME", help="name of this node (default: Slurm's)")
+    parser.add_argument(
+        "--env-file", type=Path, metavar="FILE", help="the job's identity as the Prolog wrote it"
+    )
+    parser.add_argument(
+        "--finish", action="store_true", help="take up what was counted, close the job, end"
+    )
+    parser.set_defaults(handler=_later("sams_ebpf.collect"))
 
 
 def _units(parser: argparse.ArgumentParser) -> None:

@@ -31,9 +31,21 @@ class Meter(Protocol):
 
     mode: Literal["bpf", "proc"]
     loader: Literal["libbpf", "bcc"] | None
-    epoch: bytes
-    generation: int
-    begin_ns: int
+
+    @property
+    def epoch(self) -> bytes:
+        """Identity of this uninterrupted life of the counters."""
+        ...
+
+    @property
+    def generation(self) -> int:
+        """Which writer of the epoch this is."""
+        ...
+
+    @property
+    def begin_ns(self) -> int:
+        """Wall clock at which the epoch began, ns since the Unix epoch."""
+        ...
 
     def harvest(self) -> Snapshot:
         """Read every counter now; wakes nobody and changes nothing that is counted."""

@@ -241,6 +241,12 @@ class _Version(msgspec.Struct, frozen=True):
 
 _KNOWN = frozenset(Batch.__struct_fields__)
 _Row = Annotated[list[bytes | int | None], Meta(max_length=64)]
+_Maybe = Count | None
+# A record as a plain tuple in the order of FIELDS: what fills columns needs no object.
+Row = tuple[
+    PathBytes, Count, PathBytes | None, Count, _Maybe, _Maybe, _Maybe, _Maybe,
+    _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe,
+]  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _version = msgspec.msgpack.Decoder(_Version)
@@ -248,6 +254,7 @@ _header = msgspec.msgpack.Decoder(Header)
 _document = msgspec.msgpack.Decoder(_Document)
 _records = msgspec.msgpack.Decoder(Annotated[list[Record], Meta(max_length=MAX_RECORDS)])
 _rows = msgspec.msgpack.Decoder(Annotated[list[_Row], Meta(max_length=MAX_RECORDS)])
+_tuples = msgspec.msgpack.Decoder(Annotated[list[Row], Meta(max_length=MAX_RECORDS)])
 _plain = msgspec.msgpack.Decoder(dict[str, object])
 
 
@@ -266,6 +273,30 @@ def decode(data: bytes | memoryview) -> Batch:
         records = _reorder(_parse(_rows, raw), document.fields)
     values = {name: getattr(document, name) for name in _KNOWN if name != "records"}
     return Batch(**values, records=records)
+
+
+def decode_rows(data: bytes | memoryview) -> list[Row]:
+    """Records alone, as tuples in the order of FIELDS, checked as `decode` checks them."""
+    document = _take(_document, data)
+    if document.fields == FIELDS:
+        try:
+            rows: list[Row] = _tuples.decode(document.records)
+        except (msgspec.MsgspecError, RecursionError):
+            pass  # Rows may leave out what they do not measure: the slow way tells.
+        else:
+            return rows
+    return [msgspec.structs.astuple(record) for record in decode(data).records]
+
+
+def check(data: bytes | memoryview) -> Header:
+    """Read and check one batch in full, records included, and keep its header."""
+    document = _take(_document, data)
+    raw = document.records
+    if document.fields == FIELDS:
+        _parse(_records, raw)
+    else:
+        _reorder(_parse(_rows, raw), document.fields)
+    return document
 
 
 def decode_header(data: bytes | memoryview) -> Header:

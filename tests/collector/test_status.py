@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sams_ebpf import __main__, config, leftovers, spool, status, wire
+from sams_ebpf import cli, config, leftovers, program, spool, status, wire
 
 NOW = 1_800_000_000_000_000_000
 
@@ -86,9 +86,7 @@ def test_json_is_whole(
     section = {"collector": {"state": str(site.collector.state)}}
     section |= {"spool": {"folder": str(site.spool.folder)}}
     file.write_text(json.dumps(section))
-    assert (
-        __main__.program.run(__main__.cli.build, ["status", "--json", "--config", str(file)]) == 0
-    )
+    assert program.run(cli.build, ["status", "--json", "--config", str(file)]) == 0
     told = msgspec.json.decode(capsys.readouterr().out, type=status.Status)
     assert [job.job for job in told.jobs] == [7]
     assert told.spool.batches == {"delta": 1}

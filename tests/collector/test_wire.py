@@ -62,6 +62,25 @@ def test_columns_of_another_version_are_read_by_name() -> None:
     assert (record.path, record.cpu_ns, record.execs) == (b"/bin/x", 5, None)
 
 
+@pytest.mark.parametrize("fields", [wire.FIELDS, wire.FIELDS[:4], ["path", "flags", "script", "x"]])
+def test_rows_are_the_records_as_tuples(fields: list[str]) -> None:
+    document = wire.to_plain(wire.encode(batch()))
+    document["fields"] = fields
+    document["sums"] = []
+    document["records"] = [
+        [b"/bin/x", 0, None, 9, *[None] * (len(fields) - 4)],
+        [b"/y", 1, b"s", 2],
+    ]
+    data = msgspec.msgpack.encode(document)
+    if "cpu_ns" in fields:
+        expected = [msgspec.structs.astuple(record) for record in wire.decode(data).records]
+        assert wire.decode_rows(data) == expected
+        assert expected[1][:4] == (b"/y", 1, b"s", 2)
+    else:
+        with pytest.raises(wire.WireError):
+            wire.decode_rows(data)
+
+
 def test_unknown_keys_are_ignored_unless_critical() -> None:
     document = wire.to_plain(wire.encode(batch()))
     document["joules"] = 3

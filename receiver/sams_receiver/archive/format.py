@@ -278,6 +278,14 @@ def tag_of(kind: int, data: bytes) -> Tag:
     return Tag(whole, 0, whole[:8])
 
 
+def tag_of_frame(frame: Frame) -> Tag | None:
+    """Tag of a stored frame; None for one that today's reader of batches cannot read."""
+    try:
+        return tag_of(frame.kind, frame.data)
+    except wire.WireError:
+        return None
+
+
 class Block(NamedTuple):
     """One zstd frame: where its bytes stand in the raw segment and in the sealed file."""
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sams_ebpf import durable, wire
+from sams_ebpf import durable
 from sams_receiver.archive import format as fmt
 from sams_receiver.archive.reader import ArchiveError, Segment
 
@@ -82,7 +82,7 @@ def _write(raw_path: Path, out: int) -> None:
         def counted() -> Iterator[fmt.Frame | fmt.Damage]:
             for item in fmt.scan(read, fmt.DATA_START, size, header.marker):
                 if isinstance(item, fmt.Frame):
-                    builder.add(item, _tag(item))
+                    builder.add(item, fmt.tag_of_frame(item))
                 yield item
 
         offset = 0
@@ -96,10 +96,3 @@ def _write(raw_path: Path, out: int) -> None:
 
 def _parts(read: fmt.Read, begin: int, end: int) -> list[bytes]:
     return [read(at, min(_COMPARE, end - at)) for at in range(begin, end, _COMPARE)]
-
-
-def _tag(frame: fmt.Frame) -> fmt.Tag | None:
-    try:
-        return fmt.tag_of(frame.kind, frame.data)
-    except wire.WireError:
-        return None

@@ -1,0 +1,278 @@
+# ruff: noqa: S608 - all that is put into the statements is this program's own
+"""One job with its ledger: `report --job`, and its `timeline`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+from collections.abc import Iterable
+from typing import Any, Final
+
+from sams_aggregator import accounts, manifest, show, tables
+from sams_aggregator.accounts import Site
+from sams_aggregator.manifest import Manifest, Store
+from sams_aggregator.show import Column, Report
+from sams_ebpf import paths, wire
+from sams_ebpf.errors import SamsError
+
+_SUMS: Final = [name for name in wire.COUNTERS if name not in wire.MAXIMA]
+
+
+def command(store: Store, site: Site, arguments: argparse.Namespace, form: str) -> int:
+    """`report --job`."""
+    found = runs(manifest.read(store), site, arguments.job, arguments.cluster)
+    if not found:
+        raise SamsError(f"job {arguments.job}: neither in the facts nor in sacct's rows")
+    if form == "json":
+        last = {**found[-1], **({"earlier_runs": found[:-1]} if len(found) > 1 else {})}
+        show.put(show.dump(last), arguments.output)
+        return 0
+    if form == "table":
+        text = "\n".join(show.table(_report(run)) for run in found)
+        show.put(text, arguments.output)
+        return 0
+    rows = [{"run": n, **one} for n, run in enumerate(found, 1) for one in run["executables"]]
+    columns = [Column("run", "run"), *[Column(name, name) for name in _COLUMNS]]
+    show.write(Report(columns, rows), form, arguments.output)
+    return 0
+
+
+_COLUMNS: Final = ("path", "flags", *wire.COUNTERS, "core_us")
+
+
+def runs(
+    view: Manifest, site: Site, job_id: int, cluster: str | None = None
+) -> list[dict[str, Any]]:
+    """Every run of a job id, in order of start, as the design's JSON report."""
+    connection = tables.connect(threads=1)
+    accounts.build(connection, view, site, job_id=job_id)
+    connection.execute("CREATE TEMP VIEW wanted_run AS SELECT * FROM run")
+    where = f"WHERE job_id = {int(job_id)}"
+    if cluster is not None:
+        where += f" AND cluster = {tables.quoted(cluster)}"
+    found = _dicts(
+        connection.execute(f"SELECT * FROM run {where} ORDER BY start_ns NULLS FIRST, run")
+    )
+    return [_run(connection, run) for run in found]
+
+
+def _run(connection: Any, run: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+    number = run["run"]
+    epochs = _dicts(
+        connection.execute(
+            "SELECT * FROM member WHERE run = ? ORDER BY node, begin_ns, epoch", [number]
+        )
+    )
+    executables = _executables(connection, number)
+    classes = {
+        name: {"cpu_ns": int(cpu), "core_us": int(core)}
+        for name, cpu, core in connection.execute(
+            "SELECT class, sum(cpu_ns), sum(core_us) FROM account WHERE run = ? GROUP BY class"
+            " ORDER BY class",
+            [number],
+        ).fetchall()
+    }
+    start, end = run["start_ns"] or run["first_ns"], run["end_ns"] or run["last_ns"]
+    nodes = list(dict.fromkeys(one["node"] for one in epochs))
+    return {
+        "mode": _one(epochs, "mode"),
+        "loader": _one(epochs, "loader"),
+        "job": run["job_id"],
+        "node": nodes[0] if len(nodes) == 1 else None,
+        "start": time_text(start),
+        "end": time_text(end),
+        "wall_s": None if start is None or end is None else (end - start) // 10**9,
+        "ledger": _ledger(epochs),
+        "executables": executables,
+        "status": run["status"],
+        "cluster": run["cluster"],
+        "sluid": run["sluid"],
+        "state": run["state"],
+        "running": run["running"],
+        "partial": partial(run),
+        "user": run["user"],
+        "project": run["project"],
+        "partition": run["partition"],
+        "cpus": run["cpus"],
+        "nodes": run["nodes"],
+        "nodes_seen": run["nodes_seen"],
+        "sacct_cpu_time_s": None if run["cpu_time_s"] is None else int(run["cpu_time_s"]),
+        "accounts": classes,
+        "epochs": [_epoch(one) for one in epochs],
+    }
+
+
+def partial(run: dict[str, Any]) -> bool:
+    """Whether something of a run is known to be missing, or not there yet."""
+    return bool(run["not_final"] or run["lossy"] or run["nodes_seen"] < run["nodes"])
+
+
+def _executables(connection: Any, run: int) -> list[dict[str, Any]]:  # noqa: ANN401
+    sums = ", ".join(
+        f"{'max' if name in wire.MAXIMA else 'sum'}({name}) AS {name}" for name in wire.COUNTERS
+    )
+    found = _dicts(
+        connection.execute(
+            f"""
+            WITH last AS (
+                SELECT t.* FROM total t JOIN member m USING (epoch) WHERE m.run = ?
+                QUALIFY row_number() OVER (PARTITION BY t.epoch, t.path, t.flags
+                    ORDER BY t.generation DESC, t.sequence DESC, t.tie DESC) = 1
+            ), core AS (
+                SELECT p.path, a.flags, sum(a.core_us) AS core_us
+                FROM account a JOIN path p USING (path_id) WHERE a.run = ? GROUP BY ALL
+            )
+            SELECT path, flags, max(script) AS script, {sums}, any_value(core_us) AS core_us
+            FROM last LEFT JOIN core USING (path, flags) GROUP BY path, flags
+            ORDER BY cpu_ns DESC, path, flags
+            """,
+            [run, run],
+        )
+    )
+    for one in found:
+        one["path"] = paths.show(one["path"])
+        one["script"] = None if one["script"] is None else paths.show(one["script"])
+        one["flags"] = [name for bit, name in wire.FLAG_NAMES.items() if one["flags"] & bit]
+        for name in (*wire.COUNTERS, "core_us"):
+            one[name] = None if one[name] is None else int(one[name])
+    return found
+
+
+def _ledger(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over epochs; what one of them does not know is not known of all."""
+    cgroup = _sum(one["cgroup_cpu_ns"] for one in epochs)
+    attributed = _sum(one["attributed_cpu_ns"] for one in epochs)
+    return {
+        "cgroup_cpu_ns": cgroup,
+        "attributed_cpu_ns": attributed,
+        "unattributed_cpu_ns": None
+        if cgroup is None or attributed is None
+        else cgroup - attributed,
+        "outside_cpu_ns": _sum(one["outside_cpu_ns"] for one in epochs),
+        "unattributed_by": _added(one["unattributed_by"] for one in epochs),
+        "lost": _added(one["lost"] for one in epochs),
+    }
+
+
+def _epoch(one: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "epoch": one["epoch"].hex(),
+        "node": one["node"],
+        "mode": one["mode"],
+        "loader": one["loader"],
+        "origin": one["origin"],
+        "begin": time_text(one["begin_ns"]),
+        "end": time_text(one["end_ns"]),
+        "final": one["final_reason"],
+        "processes": None if one["processes"] is None else json.loads(one["processes"]),
+        "ledger": _ledger([one]),
+    }
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    total = None
+    for value in values:
+        if value is None:
+            return None
+        total = value + (total or 0)
+    return total
+
+
+def _added(texts: Iterable[str | None]) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for text in texts:
+        for cause, amount in json.loads(text).items() if text is not None else ():
+            sums[cause] = sums.get(cause, 0) + amount
+    return dict(sorted(sums.items()))
+
+
+def _one(epochs: list[dict[str, Any]], name: str) -> str | None:
+    values = {one[name] for one in epochs}
+    return values.pop() if len(values) == 1 else ("mixed" if values else None)
+
+
+def _report(run: dict[str, Any]) -> Report:
+    ledger = run["ledger"]
+    rows = [
+        {
+            "path": one["path"] + (f" [{','.join(one['flags'])}]" if one["flags"] else ""),
+            "cpu": seconds(one["cpu_ns"]),
+            "user": seconds(one["user_ns"]),
+            "system": seconds(one["system_ns"]),
+            "execs": one["execs"],
+            "rss": one["max_rss_bytes"],
+        }
+        for one in run["executables"]
+    ]
+    head = [
+        (
+            f"job {run['job']} ({run['cluster']}), {run['status']}, {run['state'] or 'no state'},"
+            f" user {run['user']}, project {run['project']}, {run['cpus']} CPUs"
+        ),
+        (
+            f"{run['start']} to {run['end']}, {run['nodes_seen']} of {run['nodes']} nodes seen,"
+            f" mode {run['mode']}{', partial' if run['partial'] else ''}"
+            f"{', running' if run['running'] else ''}"
+        ),
+        "",
+    ]
+    foot = [
+        f"{'charged to the cgroup':32}{seconds(ledger['cgroup_cpu_ns'])}",
+        f"{'attributed':32}{seconds(ledger['attributed_cpu_ns'])}",
+        f"{'unattributed':32}{seconds(ledger['unattributed_cpu_ns'])}",
+        f"{'outside the cgroup':32}{seconds(ledger['outside_cpu_ns'])}",
+        *[f"lost: {cause:26}{count}" for cause, count in ledger["lost"].items()],
+    ]
+    columns = [
+        Column("path", "executable"), Column("cpu", "CPU s", right=True),
+        Column("user", "user s", right=True), Column("system", "system s", right=True),
+        Column("execs", "execs", right=True), Column("rss", "max RSS", right=True),
+    ]  # fmt: skip
+    return Report(columns, rows, head, foot)
+
+
+def seconds(ns: int | None) -> str:
+    """Show ns as seconds with all nine digits."""
+    if ns is None:
+        return "not known"
+    sign, size = ("-", -ns) if ns < 0 else ("", ns)
+    return f"{sign}{size // 10**9}.{size % 10**9:09d}"
+
+
+def time_text(ns: int | None) -> str | None:
+    """RFC 3339 in UTC, to the second."""
+    if ns is None:
+        return None
+    return dt.datetime.fromtimestamp(ns // 10**9, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _dicts(cursor: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def timeline(view: Manifest, site: Site, job_id: int, cluster: str | None) -> Report:
+    """CPU of each executable and node in each interval, as differences of the kept points."""
+    connection = tables.connect(threads=1)
+    accounts.build(connection, view, site, job_id=job_id)
+    where = f"r.job_id = {int(job_id)}"
+    if cluster is not None:
+        where += f" AND r.cluster = {tables.quoted(cluster)}"
+    points = f"(SELECT * FROM {view.source('points')} WHERE epoch IN (SELECT epoch FROM member))"
+    rows = _dicts(
+        connection.execute(
+            f"""
+            SELECT m.run, m.node, p.end_ns, p.path, p.flags, p.cpu_ns AS total_cpu_ns,
+                p.cpu_ns - coalesce(lag(p.cpu_ns) OVER (PARTITION BY p.epoch, p.path, p.flags
+                    ORDER BY p.generation, p.sequence, p.tie), 0) AS cpu_ns
+            FROM {tables.latest("points", points)} p JOIN member m USING (epoch)
+            JOIN run r USING (run) WHERE {where}
+            ORDER BY m.run, m.node, p.end_ns, p.path, p.flags
+            """
+        )
+    )
+    for row in rows:
+        row["time"] = time_text(row.pop("end_ns"))
+    names = ("run", "node", "time", "path", "flags", "cpu_ns", "total_cpu_ns")
+    return Report([Column(name, name, right=name.endswith("ns")) for name in names], rows)

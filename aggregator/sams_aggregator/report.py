@@ -1,0 +1,426 @@
+# ruff: noqa: S608 - keys are checked against a list, all else is this program's own
+"""`sams-aggregator report`: core-hours and CPU-hours, and what they rest on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from sams_aggregator import accounts, job, manifest, months, show, software, tables
+from sams_aggregator import config as cfg
+from sams_aggregator import state as st
+from sams_aggregator.accounts import Accounts
+from sams_aggregator.manifest import Store
+from sams_aggregator.rules import Software
+from sams_aggregator.show import Column, Report
+from sams_aggregator.tables import integers, objects
+from sams_ebpf import wire
+from sams_ebpf.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+CPU_HOUR: Final = 3600 * 10**9
+CORE_HOUR: Final = 3600 * 10**6
+
+# Rows that are never mixed with software and always stand by themselves.
+KINDS: Final = (
+    "software", "ignored", "undetermined", "unattributed", "outside", "no CPU", "no data",
+)  # fmt: skip
+SPECIAL: Final = KINDS[1:]
+
+_KEYS: Final = {
+    "software": "s.software",
+    "version": "s.version",
+    "local_version": "s.local_version",
+    "user": 'r."user"',
+    "project": "r.project",
+    "partition": 'r."partition"',
+    "cluster": "r.cluster",
+    "month": "a.month",
+    "job": "r.job_id",
+    "run": "r.run",
+    "path": "p.path",
+    "flags": "a.flags",
+    "status": "r.status",
+}
+
+
+class Filter(NamedTuple):
+    """Which part of the accounts is shown; None: all."""
+
+    cluster: str | None = None
+    since: int | None = None
+    until: int | None = None
+
+
+class Row(NamedTuple):
+    """One line: keys in the order asked for, and exact amounts."""
+
+    keys: tuple[Any, ...]
+    kind: str
+    runs: int
+    cpu_ns: int
+    core_us: int
+    running: int
+    partial: int
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """`report`."""
+    config = cfg.load(arguments)
+    form = arguments.format or ("json" if arguments.json else "table")
+    state = st.open_state(config.aggregator)
+    try:
+        store = Store(state, config.aggregator.data)
+        site = site_of(config)
+        if arguments.job is not None:
+            return job.command(store, site, arguments, form)
+        made = accounts.current(store, site)
+        names = names_of(state, config, arguments)
+        chosen = Filter(
+            arguments.cluster,
+            None if arguments.since is None else months.parse(arguments.since),
+            None if arguments.until is None else months.parse(arguments.until),
+        )
+        if arguments.coverage:
+            report = coverage(store, made, chosen)
+        else:
+            report = main_report(made, names, chosen, arguments)
+    finally:
+        state.close()
+    show.write(report, form, arguments.output)
+    return 0
+
+
+def site_of(config: cfg.Config) -> accounts.Site:
+    """What the accounts depend on, from the configuration."""
+    return accounts.Site(config.aggregator.timezone, config.site.cluster)
+
+
+def names_of(
+    state: st.State, config: cfg.Config, arguments: argparse.Namespace
+) -> dict[bytes, Software | None]:
+    """Software of each path under today's rules; paths that are new to them are mapped now."""
+    where = arguments.config or (cfg.DEFAULT_FILE if cfg.DEFAULT_FILE.exists() else None)
+    rules = software.load_rules(config, where)
+    software.update(state, rules)
+    return dict(software.mapping(state, rules.version))
+
+
+def main_report(
+    made: Accounts,
+    names: dict[bytes, Software | None],
+    chosen: Filter,
+    arguments: argparse.Namespace,
+) -> Report:
+    """The report by keys, of the top executables or of what is undetermined."""
+    keys = tuple(name for name in arguments.by.split(",") if name)
+    unknown = [name for name in keys if name not in _KEYS]
+    if unknown or not keys:
+        raise UsageError(
+            f"--by {arguments.by}: no key '{', '.join(unknown)}'; there are {', '.join(_KEYS)}"
+        )
+    if arguments.top or arguments.undetermined:
+        keys = ("path", "flags", "software", "version")
+    connection = open_accounts(made, names, upstream=arguments.core_time == "upstream")
+    found = rows(connection, keys, chosen)
+    if arguments.top:
+        found = [row for row in found if row.keys[0] is not None]
+    if arguments.undetermined:
+        found = [row for row in found if row.kind == "undetermined"]
+    amount = "core_us" if arguments.unit == "core-hours" else "cpu_ns"
+    found.sort(key=lambda row: (-getattr(row, amount), _sort_key(row)))
+    totals = (sum(row.cpu_ns for row in found), sum(row.core_us for row in found))
+    limit = arguments.limit if arguments.limit is not None else (20 if arguments.top else None)
+    rest = found[limit:] if limit is not None else []
+    found = found[:limit] if limit is not None else found
+    if not (arguments.top or arguments.undetermined):
+        found += _always(found + rest, keys)
+    known = connection.execute(
+        f"SELECT coalesce(sum(core_us), 0) FROM account a JOIN run r USING (run) {_where(chosen)}"
+    ).fetchone()[0]
+    head = [
+        "core-hours: allocated CPUs x elapsed time, shared out by CPU time"
+        if arguments.core_time == "sacct"
+        else "core-hours as upstream SAMS has them: CPUs x time from first to last sample",
+        "CPU-hours: CPU time used",
+        "",
+    ]
+    foot = [f"… {len(rest)} more rows: {_amounts(rest)}"] if rest else []
+    foot += [(f"total: core-hours {show.hours(totals[1], CORE_HOUR)}, CPU-hours"
+             f" {show.hours(totals[0], CPU_HOUR)}")]  # fmt: skip
+    runs = _run_counts(connection, chosen)
+    foot += [f"runs: {', '.join(f'{count} {what}' for what, count in runs.items() if count)}"]
+    return Report(
+        [*[Column(name, name) for name in keys], *_COLUMNS],
+        [_shown(keys, row) for row in found],
+        head,
+        foot,
+        {
+            "unit": arguments.unit,
+            "core_time": arguments.core_time,
+            "by": list(keys),
+            "total": {"cpu_ns": totals[0], "core_us": totals[1]},
+            "sacct": {"core_us": int(known)},
+            "runs": runs,
+            "rest": {
+                "rows": len(rest),
+                "cpu_ns": sum(row.cpu_ns for row in rest),
+                "core_us": sum(row.core_us for row in rest),
+            },
+        },
+    )
+
+
+_COLUMNS: Final = (
+    Column("kind", "kind"),
+    Column("core_hours", "core-hours", right=True),
+    Column("cpu_hours", "CPU-hours", right=True),
+    Column("runs", "runs", right=True),
+    Column("running", "running", right=True),
+    Column("partial", "partial", right=True),
+    Column("core_us", "core-µs", right=True),
+    Column("cpu_ns", "CPU-ns", right=True),
+)
+
+
+def _shown(keys: Sequence[str], row: Row) -> dict[str, Any]:
+    cells = dict(zip(keys, row.keys, strict=True))
+    if cells.get("month") is not None:
+        cells["month"] = months.show(cells["month"])
+    if cells.get("flags") is not None:
+        cells["flags"] = flag_names(cells["flags"])
+    return {
+        **cells,
+        "kind": row.kind,
+        "core_hours": show.hours(row.core_us, CORE_HOUR),
+        "cpu_hours": show.hours(row.cpu_ns, CPU_HOUR),
+        "runs": row.runs,
+        "running": row.running,
+        "partial": row.partial,
+        "core_us": row.core_us,
+        "cpu_ns": row.cpu_ns,
+    }
+
+
+def flag_names(flags: int) -> str:
+    """Bits of a record's flags in words."""
+    return ",".join(name for bit, name in wire.FLAG_NAMES.items() if flags & bit)
+
+
+def _amounts(found: Sequence[Row]) -> str:
+    core = show.hours(sum(row.core_us for row in found), CORE_HOUR)
+    cpu = show.hours(sum(row.cpu_ns for row in found), CPU_HOUR)
+    return f"core-hours {core}, CPU-hours {cpu}"
+
+
+def _sort_key(row: Row) -> tuple[Any, ...]:
+    return (
+        row.kind,
+        *[(value is not None, value if value is not None else 0) for value in row.keys],
+    )
+
+
+def _always(found: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    there = {row.kind for row in found}
+    return [Row((None,) * len(keys), kind, 0, 0, 0, 0, 0) for kind in SPECIAL if kind not in there]
+
+
+def open_accounts(
+    made: Accounts, names: dict[bytes, Software | None], *, upstream: bool = False
+) -> Any:  # noqa: ANN401
+    """A database with `account`, `run`, `path` and `soft`, the software of each path."""
+    connection = tables.connect()
+    for name in ("run", "path"):
+        connection.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM {made.source(name)}")
+    every = accounts.paths_of(connection, made)
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("path_id", "kind", "software", "version", "local_version")
+    }
+    for number, path in enumerate(every, 1):
+        soft = names.get(path)
+        columns["path_id"].append(number)
+        plain = soft is not None and not soft.ignore
+        columns["kind"].append(
+            "software" if plain else "undetermined" if soft is None else "ignored"
+        )
+        columns["software"].append(soft.software if soft is not None and plain else None)
+        columns["version"].append(soft.version if soft is not None and plain else None)
+        columns["local_version"].append(soft.local_version if soft is not None and plain else None)
+    if every:
+        connection.register(
+            "soft_in",
+            {
+                name: integers(values) if name == "path_id" else objects(values)
+                for name, values in columns.items()
+            },
+        )
+        connection.execute(
+            "CREATE TEMP TABLE soft AS SELECT path_id, CAST(kind AS VARCHAR) AS kind,"
+            " CAST(software AS VARCHAR) AS software, CAST(version AS VARCHAR) AS version,"
+            " CAST(local_version AS VARCHAR) AS local_version FROM soft_in"
+        )
+    else:
+        connection.execute(
+            "CREATE TEMP TABLE soft (path_id BIGINT, kind VARCHAR, software VARCHAR,"
+            " version VARCHAR, local_version VARCHAR)"
+        )
+    if upstream:
+        connection.execute(_UPSTREAM.format(source=made.source("account")))
+    else:
+        connection.execute(f"CREATE TEMP VIEW account AS SELECT * FROM {made.source('account')}")
+    return connection
+
+
+# Upstream shares CPUs x (last - first sample) out over what it saw; it knows no other rows.
+_UPSTREAM: Final = """
+    CREATE TEMP TABLE account AS
+    WITH base AS (
+        SELECT a.*, greatest(a.cpu_ns, 0)::HUGEINT AS w,
+            coalesce(r.claimed_cpus, r.cpus, 0)::HUGEINT
+                * greatest(r.last_ns - r.first_ns, 0) // 1000 AS whole
+        FROM {source} a JOIN run r USING (run)
+        WHERE a.class = 'path' AND r.last_ns IS NOT NULL
+    ), parts AS (
+        SELECT *, sum(w) OVER (PARTITION BY run) AS total FROM base
+    ), floors AS (
+        SELECT *, CASE WHEN total > 0 THEN whole * w // total ELSE 0 END AS part FROM parts
+    )
+    SELECT run, month, class, path_id, flags, cpu_ns,
+        CASE WHEN total = 0 THEN 0 ELSE part + CASE WHEN row_number() OVER (PARTITION BY run
+            ORDER BY whole * w % greatest(total, 1) DESC, month, path_id, flags)
+            <= whole - sum(part) OVER (PARTITION BY run) THEN 1 ELSE 0 END END::BIGINT AS core_us
+    FROM floors
+"""
+
+
+def _where(chosen: Filter) -> str:
+    parts = []
+    if chosen.cluster is not None:
+        parts.append(f"r.cluster = {tables.quoted(chosen.cluster)}")
+    if chosen.since is not None:
+        parts.append(f"a.month >= {int(chosen.since)}")
+    if chosen.until is not None:
+        parts.append(f"a.month <= {int(chosen.until)}")
+    return f"WHERE {' AND '.join(parts)}" if parts else ""
+
+
+def rows(connection: Any, keys: Sequence[str], chosen: Filter) -> list[Row]:  # noqa: ANN401
+    """Sums by keys and kind, in no order."""
+    chosen_keys = "".join(f"{_KEYS[name]} AS k{at}, " for at, name in enumerate(keys))
+    paths = "LEFT JOIN path p ON p.path_id = a.path_id" if "path" in keys else ""
+    found = connection.execute(f"""
+        SELECT {chosen_keys}
+            CASE WHEN a.class = 'path' THEN coalesce(s.kind, 'undetermined')
+                ELSE a.class END AS kind,
+            count(DISTINCT a.run), sum(a.cpu_ns), sum(a.core_us),
+            count(DISTINCT CASE WHEN r.running THEN a.run END),
+            count(DISTINCT CASE WHEN {PARTIAL} THEN a.run END)
+        FROM account a JOIN run r USING (run)
+        LEFT JOIN soft s ON s.path_id = a.path_id AND a.class = 'path' {paths}
+        {_where(chosen)}
+        GROUP BY ALL
+    """).fetchall()
+    width = len(keys)
+    return [
+        Row(
+            tuple(row[:width]),
+            row[width],
+            row[width + 1],
+            int(row[width + 2]),
+            int(row[width + 3]),
+            row[width + 4],
+            row[width + 5],
+        )
+        for row in found
+    ]
+
+
+# A run of which something is known to be missing, or not yet there.
+PARTIAL: Final = "(r.not_final > 0 OR r.lossy > 0 OR r.nodes_seen < r.nodes)"
+
+
+def _run_counts(connection: Any, chosen: Filter) -> dict[str, int]:  # noqa: ANN401
+    where = "" if chosen.cluster is None else f"WHERE r.cluster = {tables.quoted(chosen.cluster)}"
+    row = connection.execute(f"""
+        SELECT count(*) FILTER (status = 'sacct'), count(*) FILTER (status = 'unknown'),
+            count(*) FILTER (status = 'unresolved'), count(*) FILTER (running),
+            count(*) FILTER ({PARTIAL}) FROM run r {where}
+    """).fetchone()
+    names = ("in sacct", "unknown to sacct", "unresolved", "running", "partial")
+    return dict(zip(names, row, strict=True))
+
+
+def coverage(store: Store, made: Accounts, chosen: Filter) -> Report:
+    """What of the site was seen, how, and what was lost."""
+    connection = tables.connect()
+    for name in ("run", "member", "account"):
+        connection.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM {made.source(name)}")
+    where = "" if chosen.cluster is None else f"WHERE r.cluster = {tables.quoted(chosen.cluster)}"
+    of_runs = connection.execute(f"""
+        SELECT count(*) FILTER (status = 'sacct'),
+            count(*) FILTER (status = 'sacct' AND nodes_seen = 0),
+            count(*) FILTER (status = 'sacct' AND nodes_seen > 0 AND nodes_seen < nodes),
+            count(*) FILTER (status = 'unknown'), count(*) FILTER (status = 'unresolved'),
+            count(*) FILTER (running), count(*) FILTER (not_final > 0), count(*) FILTER (lossy > 0)
+        FROM run r {where}
+    """).fetchone()
+    members = connection.execute(f"""
+        SELECT count(*), count(*) FILTER (m.mode = 'proc'), count(*) FILTER (m.unclaimed = 1),
+            count(*) FILTER (m.cgroup_cpu_ns IS NULL),
+            coalesce(sum(m.cgroup_cpu_ns), 0),
+            coalesce(sum(m.attributed_cpu_ns) FILTER (m.cgroup_cpu_ns IS NOT NULL), 0),
+            coalesce(sum(m.attributed_cpu_ns), 0),
+            coalesce(sum(m.attributed_cpu_ns) FILTER (m.mode = 'proc'), 0)
+        FROM member m JOIN run r USING (run) {where}
+    """).fetchone()
+    core = connection.execute(f"""
+        SELECT coalesce(sum(core_us), 0), coalesce(sum(core_us) FILTER (class = 'no data'), 0)
+        FROM account a JOIN run r USING (run) {_where(chosen)}
+    """).fetchone()
+    losses: dict[str, int] = {}
+    for (text,) in connection.execute(
+        f"SELECT m.lost FROM member m JOIN run r USING (run) {where or 'WHERE true'}"
+        " AND m.lost IS NOT NULL"
+    ).fetchall():
+        for cause, count in json.loads(text).items():
+            losses[cause] = losses.get(cause, 0) + count
+    view = manifest.read(store)
+    dropped = connection.execute(
+        f"SELECT coalesce(sum(batches), 0), count(*) FROM {view.latest('dropped')}"
+    ).fetchone()
+    found: list[tuple[str, Any]] = [
+        ("runs in sacct", of_runs[0]),
+        ("runs in sacct without any data", of_runs[1]),
+        ("runs in sacct with data of some nodes only", of_runs[2]),
+        ("runs unknown to sacct", of_runs[3]),
+        ("runs unresolved", of_runs[4]),
+        ("runs still running", of_runs[5]),
+        ("runs without a final batch of each node", of_runs[6]),
+        ("runs with counted losses", of_runs[7]),
+        ("core-hours in sacct", show.hours(int(core[0]), CORE_HOUR)),
+        ("core-hours without data", show.hours(int(core[1]), CORE_HOUR)),
+        ("share of core-hours with data, %", percent(int(core[0] - core[1]), int(core[0]))),
+        ("epochs (job on a node)", members[0]),
+        ("epochs in proc mode", members[1]),
+        ("epochs unclaimed", members[2]),
+        ("epochs without a cgroup's counter", members[3]),
+        ("CPU-hours charged to cgroups", show.hours(int(members[4]), CPU_HOUR)),
+        ("share of them attributed, %", percent(int(members[5]), int(members[4]))),
+        ("CPU-hours attributed", show.hours(int(members[6]), CPU_HOUR)),
+        ("share of them in proc mode, %", percent(int(members[7]), int(members[6]))),
+        ("batches dropped by nodes", int(dropped[0])),
+        *[(f"lost: {cause}", count) for cause, count in sorted(losses.items())],
+    ]
+    return Report(
+        [Column("what", "coverage"), Column("value", "", right=True)],
+        [{"what": what, "value": value} for what, value in found],
+    )
+
+
+def percent(part: int, whole: int) -> str | None:
+    """Share in per cent with three decimals, from integers; None of nothing."""
+    return show.hours(part * 100, whole) if whole else None

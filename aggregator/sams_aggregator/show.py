@@ -1,0 +1,153 @@
+"""Rows of a report as a table for people, CSV, JSON or Parquet, each in its own safe form."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from sams_aggregator import tables
+from sams_ebpf import durable, paths
+from sams_ebpf.errors import SamsError
+
+# What a spreadsheet would take for a formula.
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
+
+
+class Column(NamedTuple):
+    """A column of a report. `right`: numbers stand on the right in a table."""
+
+    name: str
+    title: str
+    right: bool = False
+
+
+class Report(NamedTuple):
+    """Rows with their columns; `head` and `foot` are lines for people, `facts` for programs."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Mapping[str, Any]]
+    head: Sequence[str] = ()
+    foot: Sequence[str] = ()
+    facts: Mapping[str, Any] | None = None
+
+
+def text(value: object) -> str:
+    """A cell as text: bytes by their escape, nothing for None, no control characters."""
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        return paths.show(value)
+    if isinstance(value, str):
+        return (
+            value if value.isprintable() else paths.show(value.encode("utf-8", "surrogateescape"))
+        )
+    return str(value)
+
+
+def table(report: Report) -> str:
+    """Aligned columns."""
+    grid = [[column.title for column in report.columns]]
+    grid += [[text(row.get(column.name)) for column in report.columns] for row in report.rows]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    lines = [*report.head]
+    for cells in grid:
+        line = [
+            cell.rjust(width) if column.right else cell.ljust(width)
+            for cell, width, column in zip(cells, widths, report.columns, strict=True)
+        ]
+        lines.append("  ".join(line).rstrip())
+    return "\n".join([*lines, *report.foot]) + "\n"
+
+
+def as_csv(report: Report) -> str:
+    """CSV that no spreadsheet runs: texts that look like formulas get an apostrophe."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([column.name for column in report.columns])
+    for row in report.rows:
+        cells = []
+        for column in report.columns:
+            value = row.get(column.name)
+            cell = text(value)
+            if isinstance(value, str | bytes) and cell.startswith(_FORMULA):
+                cell = f"'{cell}"
+            cells.append(cell)
+        writer.writerow(cells)
+    return out.getvalue()
+
+
+def as_json(report: Report) -> str:
+    """One object: the facts, and `rows`."""
+    rows = [
+        {
+            name: paths.show(value) if isinstance(value, bytes) else value
+            for name, value in row.items()
+        }
+        for row in report.rows
+    ]
+    return dump({**(report.facts or {}), "rows": rows})
+
+
+def dump(value: Any) -> str:  # noqa: ANN401
+    """JSON with a newline at its end; integers of any size stay integers."""
+    data = msgspec.json.encode(value, enc_hook=_plain)
+    return msgspec.json.format(data, indent=1).decode() + "\n"
+
+
+def _plain(value: object) -> object:
+    raise NotImplementedError(type(value))
+
+
+def as_parquet(report: Report, path: Path) -> None:
+    """A Parquet file with the rows."""
+    connection = tables.connect()
+    columns = {}
+    kinds = {}
+    for column in report.columns:
+        values = [row.get(column.name) for row in report.rows]
+        if all(isinstance(value, int) or value is None for value in values) and values:
+            columns[column.name] = tables.objects([None if v is None else str(v) for v in values])
+            kinds[column.name] = "DECIMAL(38, 0)"
+        else:
+            columns[column.name] = tables.objects([None if v is None else text(v) for v in values])
+            kinds[column.name] = "VARCHAR"
+    names = ", ".join(f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in kinds.items())
+    connection.register("rows_in", columns)
+    tables.copy(connection, f"SELECT {names} FROM rows_in", path)  # noqa: S608 - own names
+    connection.close()
+
+
+def write(report: Report, form: str, output: Path | None) -> None:
+    """Give a report in the form asked for, to a file or stdout. Raises SamsError."""
+    if form == "parquet":
+        if output is None:
+            raise SamsError("parquet goes to a file: name it with --output")
+        temporary = output.with_name(f".{output.name}.tmp")
+        as_parquet(report, temporary)
+        temporary.rename(output)
+        return
+    put({"table": table, "csv": as_csv, "json": as_json}[form](report), output)
+
+
+def put(content: str, output: Path | None) -> None:
+    """Write text to a file or stdout. Raises SamsError."""
+    if output is None:
+        sys.stdout.write(content)
+        return
+    try:
+        durable.write(output, content.encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise SamsError(f"{output}: cannot be written: {error.strerror}") from error
+
+
+def hours(amount: int, per_hour: int) -> str:
+    """Whole amount as hours with three decimals, rounded half up: 3600e9 ns are 1.000."""
+    thousandths = (2 * amount * 1000 + per_hour) // (2 * per_hour)
+    sign, size = ("-", -thousandths) if thousandths < 0 else ("", thousandths)
+    return f"{sign}{size // 1000}.{size % 1000:03d}"

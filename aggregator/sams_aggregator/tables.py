@@ -1,0 +1,214 @@
+# ruff: noqa: S608 - names of columns come from the schema, names of files are quoted
+"""The fact tables: their columns, and how rows of plain Python become Parquet files.
+
+A set is a folder with one Parquet file per table that has rows. It is written under a
+temporary name, synced and renamed, so a set is whole or absent. Integers only; bytes
+stay bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+import duckdb
+import numpy as np
+
+from sams_ebpf import durable, wire
+
+NULL: Final = -(2**63)
+SUFFIX: Final = ".parquet"
+TEMPORARY: Final = ".tmp-"
+
+_COUNTERS: Final = dict.fromkeys(wire.COUNTERS, "BIGINT")
+_ORDER: Final = {"generation": "BIGINT", "sequence": "BIGINT", "tie": "BIGINT"}
+_ROW: Final = {
+    "end_ns": "BIGINT", "path": "BLOB", "flags": "BIGINT", "script": "BLOB", **_COUNTERS
+}  # fmt: skip
+CLAIMS: Final = {
+    "cluster": "VARCHAR", "node": "VARCHAR", "job_id": "BIGINT", "restart_count": "BIGINT",
+    "sluid": "VARCHAR", "submit_ns": "BIGINT", "start_ns": "BIGINT", "start_text": "VARCHAR",
+    "boot_id": "VARCHAR", "cgroup": "BLOB", "cgroup_birth_ns": "BIGINT", "user": "VARCHAR",
+    "uid": "BIGINT", "account": "VARCHAR", "partition": "VARCHAR", "job_name": "VARCHAR",
+    "cpus": "BIGINT", "nodes": "BIGINT", "het_job_id": "BIGINT",
+}  # fmt: skip
+
+# points: an executable's counters at the end of each interval of its epoch.
+# totals: the same at the end of each month. Both: highest (generation, sequence) wins.
+# epochs: the head of the last batch of an epoch in each month, with its ledger.
+# claims: each different set of claims of an epoch, with the last batch that made them.
+# dropped: what tombstones stand for. jobs: rows of sacct.
+SCHEMA: Final[dict[str, dict[str, str]]] = {
+    "points": {"epoch": "BLOB", "job_id": "BIGINT", "slot": "BIGINT", **_ORDER, **_ROW},
+    "totals": {"epoch": "BLOB", "job_id": "BIGINT", "month": "BIGINT", **_ORDER, **_ROW},
+    "epochs": {
+        "epoch": "BLOB", "job_id": "BIGINT", "month": "BIGINT", **_ORDER, "begin_ns": "BIGINT",
+        "end_ns": "BIGINT", "mode": "VARCHAR", "loader": "VARCHAR", "software": "VARCHAR",
+        "unclaimed": "BIGINT", "final_reason": "VARCHAR", "final_live": "BIGINT",
+        "cgroup_cpu_ns": "BIGINT", "attributed_cpu_ns": "BIGINT", "outside_cpu_ns": "BIGINT",
+        "age_ns": "BIGINT", "unattributed_by": "VARCHAR", "lost": "VARCHAR",
+        "processes": "VARCHAR", "executables": "BIGINT", "origin": "VARCHAR",
+    },
+    "claims": {"epoch": "BLOB", **_ORDER, **CLAIMS},
+    "dropped": {
+        "epoch": "BLOB", "job_id": "BIGINT", **_ORDER, "first_sequence": "BIGINT",
+        "last_sequence": "BIGINT", "batches": "BIGINT", "bytes": "BIGINT", "reason": "VARCHAR",
+    },
+    "jobs": {
+        "cluster": "VARCHAR", "job_id": "BIGINT", "submit_ns": "BIGINT", "start_ns": "BIGINT",
+        "end_ns": "BIGINT", "elapsed_s": "BIGINT", "cpu_time_s": "BIGINT", "cpus": "BIGINT",
+        "nodes": "BIGINT", "node_list": "VARCHAR", "state": "VARCHAR", "restarts": "BIGINT",
+        "sluid": "VARCHAR", "user": "VARCHAR", "uid": "BIGINT", "account": "VARCHAR",
+        "partition": "VARCHAR", "job_name": "VARCHAR", "read_ns": "BIGINT", "tie": "BIGINT",
+    },
+}  # fmt: skip
+
+# What tells two rows of a table apart, and which of two with the same key stays.
+KEYS: Final[dict[str, tuple[str, ...]]] = {
+    "points": ("epoch", "slot", "path", "flags"),
+    "totals": ("epoch", "month", "path", "flags"),
+    "epochs": ("epoch", "month"),
+    "claims": ("epoch", *CLAIMS),
+    "dropped": ("epoch", "generation", "sequence", "tie"),
+    "jobs": ("cluster", "job_id", "submit_ns", "start_ns"),
+}
+LATEST: Final[dict[str, str]] = dict.fromkeys(
+    ("points", "totals", "epochs", "claims", "dropped"),
+    "generation DESC, sequence DESC, tie DESC",
+) | {"jobs": "read_ns DESC, tie DESC"}
+# What a look-up asks for comes first, so that it reads few row groups.
+SORTED_BY: Final[dict[str, str]] = {
+    "points": "job_id, epoch, slot, path, flags",
+    "totals": "job_id, epoch, month, path, flags",
+    "epochs": "job_id, epoch, month",
+    "claims": "job_id, epoch, generation, sequence",
+    "dropped": "job_id, epoch, generation, sequence",
+    "jobs": "job_id, cluster, submit_ns, start_ns",
+}
+
+Column = Any  # a numpy array, of int64 with NULL for null, or of objects
+
+
+def quoted(path: Path | str) -> str:
+    """A text as an SQL literal."""
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def connect(*, threads: int | None = None, memory: str | None = None) -> Any:  # noqa: ANN401
+    """A DuckDB of its own in memory, that loads nothing and asks nobody."""
+    options: dict[str, Any] = {
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+        "preserve_insertion_order": True,
+    }
+    if threads is not None:
+        options["threads"] = threads
+    if memory is not None:
+        options["memory_limit"] = memory
+    return duckdb.connect(":memory:", config=options)
+
+
+def integers(values: Sequence[int | None]) -> Column:
+    """A column of int64; None becomes NULL."""
+    plain = [NULL if value is None else value for value in values] if None in values else values
+    return np.frombuffer(array("q", cast("Sequence[int]", plain)), dtype=np.int64)
+
+
+def objects(values: Sequence[Any]) -> Column:
+    """A column of texts or bytes, None for null."""
+    column = np.empty(len(values), dtype=object)
+    column[:] = values
+    return column
+
+
+def columns_of(table: str, rows: Sequence[Sequence[Any]]) -> dict[str, Column]:
+    """Columns from rows in the order of the table's schema."""
+    schema = SCHEMA[table]
+    return {
+        name: integers(values) if kind == "BIGINT" else objects(values)
+        for (name, kind), values in zip(schema.items(), zip(*rows, strict=True), strict=True)
+    }
+
+
+def expression(source: str, kind: str, name: str) -> str:
+    """How a registered column is read back with its nulls and its type."""
+    value = f"nullif({source}, {NULL})" if kind == "BIGINT" else f"CAST({source} AS {kind})"
+    return f'{value} AS "{name}"'
+
+
+class SetWriter:
+    """Writes one set; nothing of it can be seen before `finish`."""
+
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        self._folder = folder
+        self.name = name or secrets.token_hex(12)
+        self._temporary = folder / f"{TEMPORARY}{secrets.token_hex(12)}"
+        self._temporary.mkdir(mode=0o750)
+        self.tables: list[str] = []
+
+    def path(self, table: str) -> Path:
+        """Where a table is to be written, for those who write it themselves."""
+        self.tables.append(table)
+        return self._temporary / f"{table}{SUFFIX}"
+
+    def spill(self) -> Path:
+        """A folder for what does not fit into memory; goes with the writing."""
+        return self._temporary / "spill"
+
+    def finish(self) -> int:
+        """Sync and rename; returns the bytes written. Raises OSError."""
+        total = 0
+        shutil.rmtree(self.spill(), ignore_errors=True)
+        for path in sorted(self._temporary.iterdir()):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+                total += os.fstat(fd).st_size
+            finally:
+                os.close(fd)
+        durable.sync_folder(self._temporary)
+        try:
+            self._temporary.rename(self._folder / self.name)
+        except OSError as error:
+            # Another process has made the same in the meantime.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            self.abandon()
+        durable.sync_folder(self._folder)
+        return total
+
+    def abandon(self) -> None:
+        """Take everything away again."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def copy(connection: Any, query: str, path: Path, *, level: int = 1) -> None:  # noqa: ANN401
+    """Write the rows of a query to a Parquet file."""
+    connection.execute(
+        f"COPY ({query}) TO {quoted(path)}"
+        f" (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL {level}, ROW_GROUP_SIZE 40960)"
+    )
+
+
+def scan(table: str, files: Iterable[Path]) -> str:
+    """SQL for the rows of a table in these files; an empty table if there are none."""
+    names = ", ".join(quoted(path) for path in files)
+    if names:
+        return f"(SELECT * FROM read_parquet([{names}]))"
+    empty = ", ".join(f'CAST(NULL AS {kind}) AS "{name}"' for name, kind in SCHEMA[table].items())
+    return f"(SELECT {empty} WHERE false)"
+
+
+def latest(table: str, source: str) -> str:
+    """SQL for the rows that count among all rows of a table: one for each key."""
+    keys = ", ".join(f'"{name}"' for name in KEYS[table])
+    return (
+        f"(SELECT * FROM {source} QUALIFY row_number() OVER"
+        f" (PARTITION BY {keys} ORDER BY {LATEST[table]}) = 1)"
+    )

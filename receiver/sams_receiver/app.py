@@ -1,0 +1,511 @@
+"""The HTTP side: who, how much, is it a batch, is it new; then the store, then the answer.
+
+The order matters. Nothing of a body is read before it is settled who speaks, nothing is
+decompressed beyond its bound, nothing is acknowledged before it is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+import random
+import re
+import time
+from collections.abc import Mapping
+from typing import Annotated, Final, NamedTuple
+
+import msgspec
+from aiohttp import web
+from aiohttp.client_exceptions import ClientError
+from aiohttp.web_protocol import RequestHandler
+from msgspec import Meta
+
+from sams_ebpf import wire
+from sams_receiver.archive import Flag, Item, Kind, SyncFailedError
+from sams_receiver.archive import format as fmt
+from sams_receiver.archive.aside import Aside
+from sams_receiver.archive.seen import Verdict
+from sams_receiver.auth import Client, DeniedError, Door, read_secret, split_basic
+from sams_receiver.config import Listener, Receiver
+from sams_receiver.metrics import CONTENT_TYPE, Metrics
+from sams_receiver.quota import Daily, Rate, short_name
+from sams_receiver.store import NotStoredError, Store
+
+log = logging.getLogger(__name__)
+
+PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+_UPSTREAM_PATH: Final = re.compile(r"/([0-9]{1,19})/([A-Za-z0-9][A-Za-z0-9._-]{0,200})")
+# Bodies beyond this are decompressed in a thread and one at a time.
+_SMALL: Final = 1 << 20
+_RETRY_SECONDS: Final = 30
+
+
+class Refusal(Exception):  # noqa: N818
+    """An answer other than 2xx: status, reason, and seconds after which to come again."""
+
+    def __init__(
+        self, status: int, reason: str, *, retry: float | None = None, aside: bool = False
+    ) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+        self.retry = retry
+        self.aside = aside
+
+
+class Payload(NamedTuple):
+    """What passed every check and goes to the store."""
+
+    kind: Kind
+    data: bytes
+    tag: fmt.Tag
+    cluster: str | None
+    node: str | None
+    vouched: bool
+
+
+class _Core(msgspec.Struct, frozen=True):
+    jobid: Annotated[int, Meta(ge=0, le=wire.INT64_MAX)] | wire.Name
+    node: wire.Name
+
+
+class _Upstream(msgspec.Struct, frozen=True):
+    core: _Core = msgspec.field(name="sams.sampler.Core")
+
+
+_json = msgspec.json.Decoder(_Upstream)
+_any_json = msgspec.json.Decoder()
+_pack = msgspec.msgpack.Encoder()
+
+
+class App:
+    """Answers requests. One per process; `listening` gives each listener its own front."""
+
+    def __init__(self, config: Receiver, metrics: Metrics) -> None:
+        self.config = config
+        self.metrics = metrics
+        self.stopping = False
+        self.store: Store | None = None
+        self.door = Door(config, log.warning)
+        self.aside = Aside(config.archive / "aside", config.quotas.aside_bytes)
+        limits = config.limits
+        self._limits = limits
+        self._rate = Rate(limits.requests_per_second, limits.burst, limits.clients)
+        self._failures = Rate(
+            limits.failures_per_minute / 60, limits.failures_per_minute, limits.clients
+        )
+        self._daily = Daily(config.quotas, limits.clients)
+        self._in_flight = 0
+        self._large = asyncio.Lock()
+        self._passwords = asyncio.Semaphore(2)
+
+    # -- who ---------------------------------------------------------------------------
+
+    async def _admit(self, request: web.BaseRequest, front: Front) -> Client:
+        peer = front.peer(request)
+        now = time.monotonic()
+        if self._failures.empty(peer, now):
+            self.metrics.limited.labels("failures").inc()
+            raise Refusal(429, "too many failed attempts", retry=60)
+        try:
+            client = await self._identify(request, front)
+        except DeniedError as denied:
+            self._failures.take(peer, now)
+            self.metrics.denied.labels(str(denied.status)).inc()
+            log.warning("%s denied: %s", short_name(peer), denied.reason)
+            text = "who are you?" if denied.status == 401 else "not allowed"
+            raise Refusal(denied.status, text) from denied
+        wait = self._rate.take(f"{client.method} {client.name}", now)
+        if wait:
+            self.metrics.limited.labels("rate").inc()
+            raise Refusal(429, "too many requests", retry=wait)
+        return client
+
+    async def _identify(self, request: web.BaseRequest, front: Front) -> Client:
+        if front.listener.proxy is not None:
+            client = self.door.by_proxy(
+                request.headers, front.listener.proxy.header, front.proxy_secret
+            )
+            if client is not None:
+                return client
+        if front.listener.tls is not None:
+            transport = request.transport
+            certificate = transport.get_extra_info("peercert") if transport is not None else None
+            client = self.door.by_certificate(certificate)
+            if client is not None:
+                return client
+        kind, _, value = request.headers.get("Authorization", "").partition(" ")
+        if kind.lower() == "bearer":
+            return self.door.by_token(value.strip())
+        if kind.lower() == "basic":
+            user, password = split_basic(value.strip())
+            known = self.door.by_known_password(user, password)
+            if known is not None:
+                return known
+            async with self._passwords:
+                return await asyncio.to_thread(self.door.check_password, user, password)
+        raise DeniedError(401, "no credentials")
+
+    # -- what --------------------------------------------------------------------------
+
+    async def handle(self, request: web.BaseRequest, front: Front) -> web.StreamResponse:
+        """Answer one request."""
+        what = "other"
+        try:
+            method, path = request.method, request.path
+            if path == "/v1/batches":
+                what = "batch"
+                _wants(method, "POST")
+                response = await self._take(request, front, None)
+            elif path == "/healthz":
+                what = "health"
+                _wants(method, "GET")
+                response = self._health()
+            elif path == "/metrics":
+                what = "metrics"
+                _wants(method, "GET")
+                response = await self._metrics(request, front)
+            else:
+                place = self._upstream_place(request.raw_path)
+                what = "upstream"
+                _wants(method, "POST")
+                response = await self._take(request, front, place)
+        except Refusal as refusal:
+            response = _refuse(refusal)
+            if refusal.status in (401, 413) or self.stopping or not request.content.is_eof():
+                # Whoever is refused is not listened to any longer.
+                response.force_close()
+        self.metrics.answered(what, response.status)
+        return response
+
+    def _upstream_place(self, raw_path: str) -> tuple[str, str]:
+        """Job and file name of upstream's path. Raises Refusal for any other path."""
+        match = _UPSTREAM_PATH.fullmatch(raw_path)
+        if match is None or not self.config.upstream_json:
+            raise Refusal(404, "nothing here")
+        return match[1], match[2]
+
+    async def _take(
+        self, request: web.BaseRequest, front: Front, upstream: tuple[str, str] | None
+    ) -> web.Response:
+        store = self.store
+        if self.stopping or store is None:
+            raise Refusal(503, "stopping", retry=_RETRY_SECONDS)
+        client = await self._admit(request, front)
+        encoding = _check_headers(request, upstream)
+        length = request.content_length
+        if length is not None and length > self._limits.body_bytes:
+            raise Refusal(413, f"a body of {length} bytes: {self._limits.body_bytes} are taken")
+        held = [0]
+        try:
+            body = await self._read(request, held)
+            self.metrics.received_bytes.inc(len(body))
+            payload = await self._check(client, body, encoding, upstream, held)
+            return await self._store(store, client, payload)
+        finally:
+            self._in_flight -= held[0]
+
+    async def _check(
+        self,
+        client: Client,
+        body: bytes,
+        encoding: str,
+        upstream: tuple[str, str] | None,
+        held: list[int],
+    ) -> Payload:
+        """Everything between the body as read and the store. Raises Refusal."""
+        try:
+            if encoding == "zstd":
+                body = await self._decompress(body, held)
+            self._allow("bytes", self._daily.bytes_left(_quota_name(client), len(body)))
+            payload = self._upstream(client, body, upstream) if upstream else _batch(client, body)
+        except Refusal as refusal:
+            if refusal.aside:
+                self.metrics.invalid.inc()
+                self._set_aside(client, "invalid", body, refusal.reason)
+            raise
+        self._allow("writers", self._daily.writer_left(_quota_name(client), payload.tag.key))
+        return payload
+
+    def _allow(self, what: str, allowed: bool) -> None:
+        if not allowed:
+            self.metrics.limited.labels(what).inc()
+            raise Refusal(429, f"more {what} than one node may have in a day", retry=3600)
+
+    async def _store(self, store: Store, client: Client, payload: Payload) -> web.Response:
+        flags = Flag.VOUCHED if payload.vouched else 0
+        item = Item(payload.kind, payload.data, flags, time.time_ns())
+        try:
+            verdict = await store.put(payload.cluster, payload.node, item, payload.tag)
+        except NotStoredError as error:
+            status = 507 if error.full else 503
+            raise Refusal(status, "cannot be stored now", retry=_RETRY_SECONDS) from error
+        except SyncFailedError as error:
+            raise Refusal(503, "cannot be stored", retry=_RETRY_SECONDS) from error
+        if verdict is Verdict.CONFLICT:
+            self.metrics.conflicts.inc()
+            reason = "same identity, other content"
+            self._set_aside(client, "conflict", payload.data, reason)
+            raise Refusal(409, reason)
+        if verdict is Verdict.DUPLICATE:
+            self.metrics.duplicates.inc()
+            return _answer(200, b'{"status":"duplicate"}\n')
+        self.metrics.stored.inc()
+        if not payload.vouched:
+            self.metrics.unvouched.inc()
+        return _answer(200, b'{"status":"stored"}\n')
+
+    def _upstream(self, client: Client, body: bytes, path: tuple[str, str]) -> Payload:
+        """Check upstream's JSON of one job on one node. Raises Refusal."""
+        job, name = path
+        try:
+            core = _json.decode(body).core
+            _any_json.decode(body)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise Refusal(400, f"not upstream's JSON: {error!s:.200}", aside=True) from error
+        if str(core.jobid) != job:
+            raise Refusal(400, "the path names another job than the body", aside=True)
+        cluster = client.cluster or self.config.cluster
+        vouched = _check_claims(client, cluster, core.node)
+        data = _pack.encode(
+            {
+                "cluster": cluster,
+                "job": job,
+                "node": core.node,
+                "digest": hashlib.sha256(body).digest(),
+                "name": name,
+                "body": body,
+            }
+        )
+        tag = fmt.tag_of(Kind.UPSTREAM_JSON, data)
+        return Payload(Kind.UPSTREAM_JSON, data, tag, cluster, core.node, vouched)
+
+    # -- how much ----------------------------------------------------------------------
+
+    async def _read(self, request: web.BaseRequest, held: list[int]) -> bytes:
+        content = request.content
+        if content.is_eof():
+            body = content.read_nowait()
+            self._hold(held, len(body))
+            return body
+        if "100-continue" in request.headers.get("Expect", "").lower():
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
+        parts: list[bytes] = []
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                while part := await content.readany():
+                    self._hold(held, len(part))
+                    if held[0] > self._limits.body_bytes:
+                        raise Refusal(413, f"more than {self._limits.body_bytes} bytes")
+                    parts.append(part)
+        except TimeoutError as error:
+            raise Refusal(408, f"no body within {self._limits.body_seconds} s") from error
+        except ClientError as error:
+            raise Refusal(400, f"the body cannot be read: {type(error).__name__}") from error
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _decompress(self, body: bytes, held: list[int]) -> bytes:
+        limit = self._limits.batch_bytes
+        if len(body) <= 64 << 10:
+            data, problem = fmt.salvage(body, min(limit, _SMALL))
+            if problem is None:
+                self._hold(held, len(data))
+                return data
+        async with self._large:
+            self._hold(held, limit)
+            data, problem = await asyncio.to_thread(fmt.salvage, body, limit)
+            self._hold(held, len(data) - limit)
+        if problem is not None:
+            too_big = problem.startswith("more than")
+            raise Refusal(413 if too_big else 400, problem, aside=not too_big)
+        return data
+
+    def _hold(self, held: list[int], size: int) -> None:
+        """Count bytes in memory; refuse when all clients together have too many."""
+        if size > 0 and self._in_flight + size > self._limits.in_flight_bytes:
+            self.metrics.limited.labels("in_flight").inc()
+            raise Refusal(503, "busy", retry=2)
+        held[0] += size
+        self._in_flight += size
+
+    def _set_aside(self, client: Client, kind: str, data: bytes, reason: str) -> None:
+        facts = {"client": client.name, "method": client.method, "reason": reason}
+        if not self._daily.aside_left(_quota_name(client), len(data)) or not self.aside.put(
+            kind, data, facts
+        ):
+            self.metrics.aside_dropped.inc()
+
+    # -- about itself ------------------------------------------------------------------
+
+    def _health(self) -> web.Response:
+        store = self.store
+        if store is None or self.stopping:
+            return _answer(503, b'{"status":"stopping"}\n')
+        if store.trouble is not None or store.free_bytes < self.config.min_free_bytes:
+            return _answer(503, b'{"status":"cannot store"}\n')
+        return _answer(200, b'{"status":"ok"}\n')
+
+    async def _metrics(self, request: web.BaseRequest, front: Front) -> web.Response:
+        if not front.listener.local:
+            await self._admit(request, front)
+        metrics = self.metrics
+        metrics.in_flight.set(self._in_flight)
+        metrics.aside.set(self.aside.bytes)
+        if self.store is not None:
+            metrics.free.set(self.store.free_bytes)
+            metrics.digests.set(self.store.in_memory)
+        return web.Response(body=metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+
+class Front(web.Server):
+    """One listener: its connections, their number, and those who are too slow.
+
+    `sweep` ends connections on which nothing has been asked for longer than they may be
+    idle: that bounds a client that sends its headers one byte at a time.
+    """
+
+    def __init__(self, app: App, listener: Listener, *, budget: Budget) -> None:
+        self.listener = listener
+        proxy = listener.proxy
+        self.proxy_secret = (
+            read_secret(proxy.secret_file) if proxy is not None and proxy.secret_file else None
+        )
+        self._app = app
+        self._budget = budget
+        self._idle = app.config.limits.idle_seconds
+        self._since: dict[RequestHandler, float] = {}
+        self._transports: dict[RequestHandler, asyncio.Transport] = {}
+        super().__init__(
+            self._answer,
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=self._idle,
+            lingering_time=2.0,
+            logger=logging.getLogger("sams_receiver.http"),
+        )
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        """Take a connection, or close it if there are too many."""
+        super().connection_made(handler, transport)
+        self._since[handler] = time.monotonic()
+        self._transports[handler] = transport
+        self._budget.open += 1
+        if self._budget.open > self._app.config.limits.connections:
+            self._app.metrics.limited.labels("connections").inc()
+            transport.abort()
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        """Forget a connection."""
+        if self._transports.pop(handler, None) is not None:
+            self._budget.open -= 1
+        self._since.pop(handler, None)
+        super().connection_lost(handler, exc)
+
+    def sweep(self) -> None:
+        """End connections that have been idle, or sending headers, for too long."""
+        limit = time.monotonic() - self._idle - 5
+        for handler, since in list(self._since.items()):
+            if since < limit:
+                self._transports[handler].abort()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being answered."""
+        return math.inf in self._since.values()
+
+    def peer(self, request: web.BaseRequest) -> str:
+        """Address of the other side; one name for all that come through a unix socket."""
+        if self.listener.unix is not None:
+            return "unix"
+        transport = request.transport
+        name = transport.get_extra_info("peername") if transport is not None else None
+        return str(name[0]) if name else "gone"
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        handler = request.protocol
+        # While a request is being answered it has its own time-outs.
+        self._since[handler] = math.inf
+        try:
+            return await self._app.handle(request, self)
+        finally:
+            if handler in self._transports:
+                self._since[handler] = time.monotonic()
+            else:
+                self._since.pop(handler, None)
+
+
+class Budget:
+    """Connections open on all listeners together."""
+
+    def __init__(self) -> None:
+        self.open = 0
+
+
+def _wants(method: str, wanted: str) -> None:
+    if method != wanted:
+        raise Refusal(405, f"only {wanted} is possible here")
+
+
+def _check_headers(request: web.BaseRequest, upstream: tuple[str, str] | None) -> str:
+    headers: Mapping[str, str] = request.headers
+    if upstream is None:
+        kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind != "application/msgpack":
+            raise Refusal(415, "Content-Type has to be application/msgpack")
+    encoding = headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("identity", "zstd"):
+        raise Refusal(415, "Content-Encoding has to be zstd or none")
+    return encoding
+
+
+def _batch(client: Client, body: bytes) -> Payload:
+    """Check a batch in full, records included. Raises Refusal."""
+    try:
+        header = wire.check(body)
+    except wire.WireError as error:
+        raise Refusal(400, f"{error!s:.300}", aside=True) from error
+    claims = header.claims
+    vouched = _check_claims(client, claims.cluster, claims.node)
+    return Payload(
+        Kind.COUNTERS, body, fmt.batch_tag(header, body), claims.cluster, claims.node, vouched
+    )
+
+
+def _check_claims(client: Client, cluster: str | None, node: str | None) -> bool:
+    """Whether the client is the node it writes as. Raises Refusal for anyone else's node."""
+    for name, value in (("node", node), ("cluster", cluster)):
+        if value is not None and PLAIN_NAME.fullmatch(value) is None:
+            raise Refusal(400, f"{name}: only letters, digits, '.', '_', '-'", aside=True)
+    if client.node is None:
+        return False
+    if client.node != node:
+        log.warning(
+            "%s may write as node %s, not as %s",
+            short_name(client.name), short_name(client.node), short_name(str(node)),
+        )  # fmt: skip
+        raise Refusal(403, "a node can only write as itself")
+    if client.cluster is not None and client.cluster != cluster:
+        raise Refusal(403, "a node can only write as a node of its own cluster")
+    return True
+
+
+def _quota_name(client: Client) -> str:
+    return client.node or client.name
+
+
+def _answer(status: int, body: bytes) -> web.Response:
+    return web.Response(status=status, body=body, content_type="application/json")
+
+
+def _refuse(refusal: Refusal) -> web.Response:
+    response = _answer(refusal.status, msgspec.json.encode({"error": refusal.reason}) + b"\n")
+    if refusal.status == 401:
+        response.headers["WWW-Authenticate"] = 'Bearer, Basic realm="sams"'
+    if refusal.retry is not None:
+        # Spread out, so that those who were refused together do not come back together.
+        wait = refusal.retry * random.uniform(1.0, 2.0)  # noqa: S311
+        response.headers["Retry-After"] = str(math.ceil(wait))
+    return response

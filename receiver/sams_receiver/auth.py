@@ -1,0 +1,295 @@
+"""Who speaks: settled from the connection and the headers, before any body is read.
+
+Four ways, tried in this order: the name a trusted proxy gives, the client certificate,
+a bearer token, a user name and password. The name found is then turned into the node
+(and maybe the cluster) as which that client may write.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from sams_ebpf.errors import UsageError
+from sams_receiver.config import NameRule, Receiver
+
+PROXY_HEADER: Final = "X-Sams-Proxy-Secret"
+MAX_FILE: Final = 4 << 20
+_SCRYPT: Final = {"n": 1 << 14, "r": 8, "p": 1}
+_CACHE: Final = 4_096
+_CACHE_SECONDS: Final = 300.0
+_RELOAD_SECONDS: Final = 2.0
+
+
+class Client(NamedTuple):
+    """Who was let in, how, and as which node it may write; None: as any."""
+
+    name: str
+    method: str
+    node: str | None
+    cluster: str | None
+
+
+class DeniedError(Exception):
+    """Not let in: status 401 (who are you?) or 403 (not you), and a reason for the log."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+class Credential(NamedTuple):
+    """A line of a tokens or passwords file. expires: seconds since the epoch, or None."""
+
+    name: str
+    secret: str
+    expires: float | None
+
+
+def read_private(path: Path) -> str:
+    """Text of a file that holds secrets. Raises UsageError if others could read or set it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{path}: is not a regular file")
+        if status.st_mode & 0o027:
+            raise UsageError(
+                f"{path}: mode {stat.S_IMODE(status.st_mode):04o} lets others at a secret:"
+                " chmod 0640 or 0600"
+            )
+        if status.st_uid not in (0, os.geteuid()):
+            raise UsageError(f"{path}: belongs to user {status.st_uid}: chown it to root")
+        if status.st_size > MAX_FILE:
+            raise UsageError(f"{path}: larger than {MAX_FILE} bytes")
+        try:
+            return file.read(MAX_FILE).decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: is not UTF-8 text") from error
+
+
+def read_secret(path: Path) -> bytes:
+    """The one line of a secret file. Raises UsageError for one that is too short to be safe."""
+    text = read_private(path).strip()
+    if len(text) < 32:
+        raise UsageError(f"{path}: fewer than 32 characters: make one with 'openssl rand -hex 32'")
+    return text.encode()
+
+
+def read_credentials(path: Path, secret: re.Pattern[str]) -> list[Credential]:
+    """Lines `NAME SECRET [EXPIRES]`; # starts a comment. Raises UsageError with the line."""
+    found = []
+    for number, line in enumerate(read_private(path).splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if len(words) not in (2, 3) or secret.fullmatch(words[1]) is None:
+            raise UsageError(
+                f"{path}:{number}: not NAME SECRET [EXPIRES]; 'sams-receiver credential' makes one"
+            )
+        expires = _expiry(f"{path}:{number}", words[2]) if len(words) == 3 else None
+        found.append(Credential(words[0], words[1], expires))
+    return found
+
+
+def _expiry(where: str, text: str) -> float:
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: {text!r} is not a time like 2027-01-31T00:00Z") from error
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+
+
+TOKEN: Final = re.compile(r"[0-9a-f]{64}")
+PASSWORD: Final = re.compile(r"scrypt:[0-9a-f]{32}:[0-9a-f]{64}")
+
+
+def hash_token(token: str) -> str:
+    """What stands in the file for a token, which is random and long enough not to be guessed."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def hash_password(password: str, salt: bytes | None = None) -> str:
+    """What stands in the file for a password, slow to guess (scrypt, 16 MiB)."""
+    salt = salt or secrets.token_bytes(16)
+    digest = hashlib.scrypt(password.encode(), salt=salt, dklen=32, maxmem=64 << 20, **_SCRYPT)
+    return f"scrypt:{salt.hex()}:{digest.hex()}"
+
+
+class _Watched:
+    """Credentials of a file, read again when it changes; what was read last stays on error."""
+
+    def __init__(self, path: Path, pattern: re.Pattern[str], warn: Callable[[str], None]) -> None:
+        self._path = path
+        self._pattern = pattern
+        self._warn = warn
+        self._stamp: tuple[int, int, int] | None = None
+        self._next = 0.0
+        self.by_name: dict[str, list[Credential]] = {}
+        self.by_secret: dict[str, Credential] = {}
+        self._read()
+
+    def refresh(self) -> bool:
+        """Look at the file if it is time to; whether it was read again."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + _RELOAD_SECONDS
+        try:
+            if self._stamp == self._now():
+                return False
+            self._read()
+        except OSError as error:
+            self._warn(f"{self._path}: {error.strerror}; what was read before stays in force")
+            return False
+        except UsageError as error:
+            self._warn(f"{error}; what was read before stays in force")
+            return False
+        return True
+
+    def _now(self) -> tuple[int, int, int]:
+        status = self._path.stat()
+        return status.st_mtime_ns, status.st_ino, status.st_size
+
+    def _read(self) -> None:
+        found = read_credentials(self._path, self._pattern)
+        self.by_secret = {credential.secret: credential for credential in found}
+        self.by_name = {}
+        for credential in found:
+            self.by_name.setdefault(credential.name, []).append(credential)
+        self._stamp = self._now()
+        self._next = time.monotonic() + _RELOAD_SECONDS
+
+
+class Names:
+    """From a client's name to the node and cluster as which it may write."""
+
+    def __init__(self, rules: Sequence[NameRule], *, binding: bool) -> None:
+        self._rules = [(re.compile(rule.match), rule.cluster) for rule in rules]
+        self._binding = binding
+
+    def client(self, names: Sequence[str], method: str) -> Client:
+        """First rule that fits one of the names; without rules the name is the node's."""
+        if not self._binding:
+            return Client(names[0], method, None, None)
+        if not self._rules:
+            return Client(names[0], method, names[0], None)
+        for name in names:
+            for pattern, cluster in self._rules:
+                found = pattern.fullmatch(name)
+                if found is not None:
+                    groups = found.groupdict()
+                    return Client(name, method, groups["node"], groups.get("cluster") or cluster)
+        raise DeniedError(403, f"{names[0][:80]!r} fits none of receiver.names")
+
+
+class Door:
+    """Decides who is let in. `admit` never blocks; a password may need `check_password` first."""
+
+    def __init__(self, config: Receiver, warn: Callable[[str], None]) -> None:
+        self._names = Names(config.names, binding=config.node_binding)
+        self._tokens = config.tokens_file and _Watched(config.tokens_file, TOKEN, warn)
+        self._passwords = config.passwords_file and _Watched(config.passwords_file, PASSWORD, warn)
+        self._good: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._pepper = secrets.token_bytes(32)
+
+    def by_proxy(
+        self, headers: Mapping[str, str], header: str, secret: bytes | None
+    ) -> Client | None:
+        """Believe the proxy. None if it names nobody."""
+        given = headers.get(PROXY_HEADER, "").encode("utf-8", "surrogateescape")
+        if secret is not None and not hmac.compare_digest(given, secret):
+            raise DeniedError(403, "the proxy's secret is missing or wrong")
+        name = headers.get(header, "")
+        return self._names.client([name], "proxy") if name else None
+
+    def by_certificate(self, certificate: Mapping[str, Any] | None) -> Client | None:
+        """Names of the certificate that TLS has verified: DNS names, then common name."""
+        if not certificate:
+            return None
+        names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
+        for part in certificate.get("subject", ()):
+            names.extend(value for kind, value in part if kind == "commonName")
+        if not names:
+            raise DeniedError(403, "the certificate has neither a DNS name nor a common name")
+        return self._names.client(names, "certificate")
+
+    def by_token(self, token: str) -> Client:
+        """A bearer token."""
+        if not self._tokens:
+            raise DeniedError(401, "tokens are not accepted here")
+        self._tokens.refresh()
+        credential = self._tokens.by_secret.get(hash_token(token))
+        if credential is None:
+            raise DeniedError(401, "unknown token")
+        _check_expiry(credential)
+        return self._names.client([credential.name], "token")
+
+    def by_known_password(self, user: str, password: str) -> Client | None:
+        """A user whose password was found good a moment ago; None if it has to be checked."""
+        if not self._passwords:
+            raise DeniedError(401, "passwords are not accepted here")
+        if self._passwords.refresh():
+            self._good.clear()
+        key = self._key(user, password)
+        known = self._good.get(key)
+        if known is None or known[1] < time.monotonic():
+            return None
+        for credential in self._passwords.by_name.get(user, ()):
+            if credential.secret == known[0]:
+                _check_expiry(credential)
+                return self._names.client([user], "password")
+        return None
+
+    def check_password(self, user: str, password: str) -> Client:
+        """Compare with every hash of the user: 50 ms each, so not in the event loop."""
+        candidates = self._passwords.by_name.get(user, ()) if self._passwords else ()
+        for credential in candidates:
+            salt = bytes.fromhex(credential.secret.split(":")[1])
+            if hmac.compare_digest(hash_password(password, salt), credential.secret):
+                _check_expiry(credential)
+                expires = time.monotonic() + _CACHE_SECONDS
+                self._good[self._key(user, password)] = (credential.secret, expires)
+                while len(self._good) > _CACHE:
+                    self._good.popitem(last=False)
+                return self._names.client([user], "password")
+        if not candidates:
+            # As long as for a user who exists, so that time does not tell who does.
+            hash_password(password, bytes(16))
+        raise DeniedError(401, "unknown user or wrong password")
+
+    def _key(self, user: str, password: str) -> bytes:
+        text = f"{user}\0{password}".encode("utf-8", "surrogateescape")
+        return hmac.digest(self._pepper, text, "sha256")
+
+
+def _check_expiry(credential: Credential) -> None:
+    if credential.expires is not None and time.time() >= credential.expires:
+        raise DeniedError(401, f"the credential of {credential.name[:80]!r} has expired")
+
+
+def split_basic(value: str) -> tuple[str, str]:
+    """User and password of an `Authorization: Basic` value. Raises DeniedError."""
+    try:
+        user, colon, password = base64.b64decode(value, validate=True).decode().partition(":")
+    except (binascii.Error, ValueError) as error:
+        raise DeniedError(401, "malformed Authorization header") from error
+    if not colon or len(password) > 1024:
+        raise DeniedError(401, "malformed Authorization header")
+    return user, password

@@ -1,0 +1,143 @@
+"""`sams-receiver archive`: what people look at an archive with. Changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from datetime import UTC, datetime
+
+import msgspec
+
+from sams_ebpf import paths, wire
+from sams_ebpf.errors import PartialError, UsageError
+from sams_receiver.archive import Archive, ArchiveError, FormatError, Frame, Kind, Problem, Segment
+from sams_receiver.archive import format as fmt
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Read every frame. Raises PartialError if anything is damaged or stored twice."""
+    archive = Archive.open(arguments.folder)
+    problems: list[Problem] = []
+    lost: list[str] = []
+    frames = size = doubled = unreadable = 0
+    last: tuple[int, set[bytes]] = (-1, set())
+    for segment in archive.segments():
+        if segment.partition != last[0]:
+            last = (segment.partition, set())
+        try:
+            for frame in segment.frames(on_damage=problems.append):
+                frames += 1
+                size += len(frame.data)
+                tag = fmt.tag_of_frame(frame)
+                if tag is None:
+                    unreadable += 1
+                    continue
+                place = tag.key + tag.sequence.to_bytes(8, "big")
+                doubled += place in last[1]
+                last[1].add(place)
+            if segment.sealed:
+                segment.index()
+        except (ArchiveError, FormatError, OSError) as error:
+            lost.append(f"segment {segment.id}: {error}")
+    for line in (*map(str, problems), *lost):
+        print(line)
+    print(
+        f"{frames} frames, {size} bytes of payload, {len(problems)} damaged ranges,"
+        f" {len(lost)} segments with damage to themselves, {doubled} stored twice,"
+        f" {unreadable} not readable by this version"
+    )
+    if problems or lost or doubled:
+        raise PartialError(f"{arguments.folder}: not everything is good; see the lines above")
+    return 0
+
+
+def list_(arguments: argparse.Namespace) -> int:
+    """One line per segment."""
+    print(f"{'segment':<17} {'state':<6} {'bytes':>12} {'raw':>12} {'frames':>8}  last received")
+    for segment in Archive.open(arguments.folder).segments():
+        state = "sealed" if segment.sealed else "live"
+        frames, last_ns = _count(segment)
+        last = _time(last_ns) if last_ns else "-"
+        print(
+            f"{segment.id!s:<17} {state:<6} {segment.stored_bytes():>12} {segment.end():>12}"
+            f" {frames:>8}  {last}"
+        )
+    return 0
+
+
+def cat(arguments: argparse.Namespace) -> int:
+    """Frames as JSON lines."""
+    archive = Archive.open(arguments.folder)
+    names = {str(segment.id) for segment in archive.segments()}
+    if arguments.segment is not None and arguments.segment not in names:
+        raise UsageError(f"--segment {arguments.segment}: no such segment; see 'archive list'")
+    for segment in archive.segments():
+        if arguments.segment in (None, str(segment.id)):
+            for frame in segment.frames():
+                shown = _show(frame, arguments)
+                if shown is not None:
+                    print(json.dumps({"segment": str(segment.id), **shown}, default=_plain))
+    return 0
+
+
+def _count(segment: Segment) -> tuple[int, int]:
+    if segment.sealed:
+        index = segment.index()
+        return index.frames, index.last_ns
+    counts: Counter[str] = Counter()
+    last = 0
+    for frame in segment.frames():
+        counts["frames"] += 1
+        last = max(last, frame.received_ns)
+    return counts["frames"], last
+
+
+def _show(frame: Frame, arguments: argparse.Namespace) -> dict[str, object] | None:
+    try:
+        kind = Kind(frame.kind).name.lower().replace("_", "-")
+    except ValueError:
+        kind = f"kind-{frame.kind}"
+    shown: dict[str, object] = {
+        "offset": frame.offset,
+        "kind": kind,
+        "received": _time(frame.received_ns),
+        "vouched": frame.vouched,
+    }
+    node: object = None
+    job: object = None
+    if frame.kind == Kind.COUNTERS:
+        try:
+            header = wire.decode_header(frame.data)
+            document = wire.to_plain(frame.data)
+        except wire.WireError as error:
+            return {**shown, "error": str(error)}
+        node, job = header.claims.node, header.claims.job_id
+        if not arguments.records:
+            document.pop("records", None)
+        shown["batch"] = document
+    elif frame.kind == Kind.UPSTREAM_JSON:
+        held = msgspec.msgpack.decode(frame.data)
+        node, job = held["node"], int(held["job"])
+        shown["upstream"] = held
+    else:
+        shown["bytes"] = len(frame.data)
+    if arguments.node not in (None, node) or arguments.job not in (None, job):
+        return None
+    return shown
+
+
+def _time(ns: int) -> str:
+    return datetime.fromtimestamp(ns / 1e9, UTC).isoformat(timespec="milliseconds")
+
+
+def _plain(value: object) -> str:
+    """JSON has no bytes: text where it is text, ids as hex."""
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} in a batch")
+    if len(value) in (8, 16, 32) and not value.isascii():
+        return value.hex()
+    return paths.show(value)
+
+
+__all__ = ["cat", "list_", "verify"]

@@ -10,9 +10,7 @@ from sams_ebpf import layout, wire
 _PAGE: Final = resource.getpagesize()
 
 
-def split(
-    cpu_ns: int, utime_ns: int, stime_ns: int, before: tuple[int, int]
-) -> tuple[int, int]:
+def split(cpu_ns: int, utime_ns: int, stime_ns: int, before: tuple[int, int]) -> tuple[int, int]:
     """Divide exact CPU time by the kernel's sampled ratio; neither part ever shrinks.
 
     As cputime_adjust() in kernel/sched/cputime.c does it: stime / (utime + stime) of the
@@ -30,9 +28,7 @@ def split(
     return user, system
 
 
-def record(
-    name: layout.Name, counters: layout.Counters, before: tuple[int, int]
-) -> wire.Record:
+def record(name: layout.Name, counters: layout.Counters, before: tuple[int, int]) -> wire.Record:
     """Make the row of one executable.
 
     A total can be below zero for a moment: a task that moves on right after an exec takes

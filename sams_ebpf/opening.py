@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from sams_ebpf import bpf, cgroups, config, host, layout, pins, probe, slots
-from sams_ebpf.cgroups import Cgroup, Hierarchy
+from sams_ebpf import bpf, cgroups, config, host, layout, meters, pins, probe, slots
+from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Attempt, Choice
 from sams_ebpf.procfs import ProcMeter
@@ -28,34 +28,10 @@ HANDOVER_S: Final = 10.0
 _log = logging.getLogger(__name__)
 
 
-def options(site: config.Config, hierarchies: Sequence[Hierarchy]) -> Options:
-    """Give what a site's programs are loaded with. Raises NotPossibleError without cgroups."""
-    settings = site.collector
-    node = site.site.node_name()
-    return Options(
-        hierarchy=tree(hierarchies),
-        exact=settings.exact,
-        quota=settings.executables_per_job,
-        limit_percent=settings.programs_limit_percent,
-        parents=tuple(parent.replace("{node}", node) for parent in settings.cgroup_parents),
-    )
-
-
-def tree(hierarchies: Sequence[Hierarchy]) -> Hierarchy:
-    """Choose the tree that jobs are told by.
-
-    As Slurm itself does it: v2 where it is mounted alone, v1 where there is any of its
-    controllers; there the one with a CPU counter, or else one that every job is in.
-    """
-    v1 = [h for h in hierarchies if h.version == 1]
-    for wanted in ("cpuacct", "freezer", "memory", "cpuset", "devices", "pids"):
-        for hierarchy in v1:
-            if wanted in hierarchy.controllers:
-                return hierarchy
-    for hierarchy in hierarchies:
-        if hierarchy.version == 2:
-            return hierarchy
-    raise NotPossibleError("no cgroup hierarchy is mounted: mount cgroup2 on /sys/fs/cgroup")
+def options(site: config.Config) -> Options:
+    """Give what a site's programs are loaded with."""
+    hierarchy = meters.tree_of_jobs(site.collector.cgroup_tree)
+    return meters.options_of(site.collector, hierarchy, site.site.node_name())
 
 
 class Opener:
@@ -69,6 +45,7 @@ class Opener:
         self._site = site
         self._names = [name.encode() for name in names]
         self.hierarchies = cgroups.mounted()
+        self._loader: host.Loader = "libbpf"
         settings = site.collector
         self.choice: Choice = probe.decide(self._load, mode=settings.mode, loader=settings.loader)
 
@@ -78,14 +55,13 @@ class Opener:
         return self.choice.mode == "bpf"
 
     def _load(self, loader: host.Loader) -> Attempt:
-        if loader == "bcc":
-            return Attempt(host.LOAD_BCC, False, "not for pinned programs")
+        self._loader = loader
         try:
             with pins.lock():
-                pins.load(options(self._site, self.hierarchies), stay=False)
+                pins.load(options(self._site), loader, stay=False).close()
         except (bpf.BpfError, NotPossibleError) as error:
-            return Attempt(host.LOAD_LIBBPF, False, str(error))
-        return Attempt(host.LOAD_LIBBPF, True, "loaded, or found pinned")
+            return Attempt(loader, False, str(error))
+        return Attempt(loader, True, "loaded, or found pinned")
 
     def sampled(self, found: Sequence[Cgroup], instance: str) -> ProcMeter:
         """Open a meter that samples; baselines are kept in the state folder."""
@@ -117,7 +93,7 @@ class Opener:
         """Take a slot by hand for a cgroup that the kernel side did not recognise."""
         with pins.lock():
             # Once more: a set without jobs that is not to stay may be gone by now.
-            used = pins.load(options(self._site, self.hierarchies), stay=False)
+            used = pins.load(options(self._site), self._loader, stay=False)
             return self._meter(used, slots.take(used, cgroup), cgroup)
 
     def _meter(self, used: ProgramSet, slot: layout.Slot, cgroup: Cgroup | None = None) -> BpfMeter:
@@ -140,7 +116,7 @@ class Opener:
 
         Inside a cgroup namespace the first parts of the path are not to be seen.
         """
-        hierarchy = tree(self.hierarchies)
+        hierarchy = meters.tree_of_jobs(self._site.collector.cgroup_tree)
         path = path.removeprefix(hierarchy.root.rstrip("/"))
         short = path
         while short.count("/") > 1:

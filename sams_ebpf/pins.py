@@ -16,9 +16,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from sams_ebpf import bpf, programs, slots
+from sams_ebpf.cgroups import Hierarchy
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.programs import Options, ProgramSet
 
@@ -45,7 +46,9 @@ def lock(path: Path = LOCK) -> Iterator[None]:
 def folders(root: Path = ROOT) -> list[Path]:
     """List the pinned sets, oldest first."""
     try:
-        found = [path for path in root.iterdir() if path.is_dir() and not path.name.endswith(_UNFINISHED)]
+        found = [
+            path for path in root.iterdir() if path.is_dir() and not path.name.endswith(_UNFINISHED)
+        ]
     except FileNotFoundError:
         return []
     return sorted(found, key=lambda path: path.stat().st_ctime_ns)
@@ -56,7 +59,7 @@ def open_set(folder: Path) -> ProgramSet:
     maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
     iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in programs.ITERATORS}
     return ProgramSet(
-        maps, iterators, {}, loader="bcc" if folder.name.endswith("-bcc") else "libbpf"
+        maps, iterators, {}, loader="bcc" if folder.name.startswith("bcc") else "libbpf"
     )
 
 
@@ -99,7 +102,14 @@ def mount_bpffs(folder: Path) -> None:
         raise bpf.BpfError(f"{folder}: bpffs cannot be mounted", code)
 
 
-def load(options: Options, *, stay: bool, root: Path = ROOT) -> ProgramSet:
+def is_of(folder: Path, hierarchy: Hierarchy) -> bool:
+    """Tell whether a pinned set accounts this cgroup tree."""
+    return folder.name.partition("-")[2] == programs.tree_name(hierarchy)
+
+
+def load(
+    options: Options, loader: Literal["libbpf", "bcc"], *, stay: bool, root: Path = ROOT
+) -> ProgramSet:
     """Give the pinned set for these options, loaded if need be; under the lock.
 
     stay: until `unload`, not only while there are jobs. A set of another ABI takes no
@@ -107,7 +117,7 @@ def load(options: Options, *, stay: bool, root: Path = ROOT) -> ProgramSet:
     """
     found = find(options, root)
     if found is None:
-        found = programs.load(options)
+        found = programs.load(options, loader)
         pin_set(found, programs.abi(options), root)
     if stay and not found.node().stay:
         found.set_node(stay=1)
@@ -143,7 +153,7 @@ def let_go(used: ProgramSet, slot_id: int, root: Path = ROOT) -> None:
 
 def collect_garbage(root: Path = ROOT) -> list[Path]:
     """Remove sets without a job that are not to stay, and unfinished ones; under the lock."""
-    gone = [path for path in root.glob(f"*{_UNFINISHED}")] if root.is_dir() else []
+    gone = list(root.glob(f"*{_UNFINISHED}")) if root.is_dir() else []
     for folder in folders(root):
         try:
             one = open_set(folder)

@@ -5,6 +5,8 @@ PYTEST := $(BIN)/pytest
 
 APT_BUILD := clang llvm libbpf-dev libbpf1 make python3-venv
 APT_TEST  := gcc libc6-dev
+# The receiver: a real proxy, certificates, a file system whose power can be cut.
+APT_TEST  += nginx-light openssl e2fsprogs
 # The testbed: systemd and Slurm in namespaces of their own.
 APT_TEST  += systemd dbus iproute2 util-linux slurmctld slurmd slurm-client munge
 APT_TEST  += iptables iproute2 openssl util-linux

@@ -116,7 +116,8 @@ class Map:
     def lookup(self, key: bytes) -> bytes | None:
         """Value at key; None if there is none."""
         if library().bpf_map_lookup_elem(self.fd, key, self._value) < 0:
-            return self._absent("look-up")
+            self._absent("look-up")
+            return None
         return self._value.raw
 
     def update(self, key: bytes | None, value: bytes, flags: int = ANY) -> bool:
@@ -138,10 +139,11 @@ class Map:
     def pop(self) -> bytes | None:
         """Take the next of a queue; None if it is empty."""
         if library().bpf_map_lookup_and_delete_elem(self.fd, None, self._value) < 0:
-            return self._absent("pop")
+            self._absent("pop")
+            return None
         return self._value.raw
 
-    def keys(self) -> list[bytes]:
+    def all_keys(self) -> list[bytes]:
         """All keys now; elements made or removed meanwhile may or may not be among them."""
         found: list[bytes] = []
         key: bytes | None = None

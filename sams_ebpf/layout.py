@@ -67,7 +67,8 @@ class Total(NamedTuple):
     counters: Counters
     hash: int
 
-    FORMAT = struct.Struct(f"<{_COUNTERS}Q")
+
+TOTAL: Final = struct.Struct(f"<{_COUNTERS}Q")
 
 
 class Name(NamedTuple):
@@ -77,7 +78,8 @@ class Name(NamedTuple):
     path: bytes
     script: bytes
 
-    FORMAT = struct.Struct(f"<4I{PATH_MAX}s{SCRIPT_MAX}s")
+
+NAME: Final = struct.Struct(f"<4I{PATH_MAX}s{SCRIPT_MAX}s")
 
 
 class Slot(NamedTuple):
@@ -102,7 +104,8 @@ class Slot(NamedTuple):
     overflow_outside: Counters
     path: bytes
 
-    FORMAT = struct.Struct(f"<2I2Q16s3q6Q{len(LOST)}Q{_COUNTERS}{_COUNTERS}{CGROUP_PATH}s")
+
+SLOT: Final = struct.Struct(f"<2I2Q16s3q6Q{len(LOST)}Q{_COUNTERS}{_COUNTERS}{CGROUP_PATH}s")
 
 
 class Claim(NamedTuple):
@@ -119,7 +122,8 @@ class Claim(NamedTuple):
     last_ns: int = 0
     last_read_ns: int = 0
 
-    FORMAT = struct.Struct("<4I6Q")
+
+CLAIM: Final = struct.Struct("<4I6Q")
 
 
 class Node(NamedTuple):
@@ -131,7 +135,8 @@ class Node(NamedTuple):
     zero: int = 0
     slots_full: int = 0
 
-    FORMAT = struct.Struct("<4IQ")
+
+NODE: Final = struct.Struct("<4IQ")
 
 
 class Cost(NamedTuple):
@@ -144,7 +149,8 @@ class Cost(NamedTuple):
     clock_offset_ns: int
     clock_samples: int
 
-    FORMAT = struct.Struct("<4QqQ")
+
+COST: Final = struct.Struct("<4QqQ")
 
 
 U32: Final = struct.Struct("<I")
@@ -158,13 +164,13 @@ PROCESS: Final = struct.Struct("<2IQ")  # slot_id, state, rss_base_pages
 
 def total(data: bytes) -> Total:
     """Unpack a struct sams_total."""
-    values = Total.FORMAT.unpack(data)
+    values = TOTAL.unpack(data)
     return Total(Counters._make(values[:13]), values[13])
 
 
 def name(data: bytes) -> Name:
     """Unpack a struct sams_name; the path stands at the end of its field."""
-    _, flags, length, script_length, path, script = Name.FORMAT.unpack(data)
+    _, flags, length, script_length, path, script = NAME.unpack(data)
     length = min(length, PATH_MAX)
     script_length = min(max(script_length, 1), SCRIPT_MAX)
     return Name(flags, path[PATH_MAX - length :], script[: script_length - 1])
@@ -172,20 +178,22 @@ def name(data: bytes) -> Name:
 
 def slot(data: bytes) -> Slot:
     """Unpack a struct sams_slot."""
-    values = Slot.FORMAT.unpack(data)
+    values = SLOT.unpack(data)
     kinds = len(LOST)
-    return Slot(
-        *values[:14],
-        lost=dict(zip(LOST, values[14 : 14 + kinds], strict=True)),
-        overflow=Counters._make(values[14 + kinds : 27 + kinds]),
-        overflow_outside=Counters._make(values[27 + kinds : 40 + kinds]),
-        path=values[40 + kinds].partition(b"\0")[0],
+    return Slot._make(
+        (
+            *values[:14],
+            dict(zip(LOST, values[14 : 14 + kinds], strict=True)),
+            Counters._make(values[14 + kinds : 27 + kinds]),
+            Counters._make(values[27 + kinds : 40 + kinds]),
+            values[40 + kinds].partition(b"\0")[0],
+        )
     )
 
 
 def new_slot(slot_id: int, epoch: bytes, path: bytes, birth_ns: int) -> bytes:
     """Pack a slot as on_mkdir makes it: in use, all counters zero."""
-    return Slot.FORMAT.pack(
+    return SLOT.pack(
         slot_id,
         SLOT_USED,
         path_hash(path),

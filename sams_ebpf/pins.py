@@ -16,15 +16,16 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from sams_ebpf import bpf, programs, slots
+from sams_ebpf.cgroups import Hierarchy
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.programs import Options, ProgramSet
 
 ROOT: Final = Path("/sys/fs/bpf/sams-ebpf")
 LOCK: Final = Path("/run/sams-ebpf/lock")
-_UNFINISHED: Final = ".new"
+_UNFINISHED: Final = "-new"  # no dot: bpffs refuses those
 
 
 @contextlib.contextmanager
@@ -45,7 +46,9 @@ def lock(path: Path = LOCK) -> Iterator[None]:
 def folders(root: Path = ROOT) -> list[Path]:
     """List the pinned sets, oldest first."""
     try:
-        found = [path for path in root.iterdir() if path.is_dir() and path.suffix != _UNFINISHED]
+        found = [
+            path for path in root.iterdir() if path.is_dir() and not path.name.endswith(_UNFINISHED)
+        ]
     except FileNotFoundError:
         return []
     return sorted(found, key=lambda path: path.stat().st_ctime_ns)
@@ -56,7 +59,7 @@ def open_set(folder: Path) -> ProgramSet:
     maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
     iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in programs.ITERATORS}
     return ProgramSet(
-        maps, iterators, {}, loader="bcc" if folder.name.endswith("-bcc") else "libbpf"
+        maps, iterators, {}, loader="bcc" if folder.name.startswith("bcc") else "libbpf"
     )
 
 
@@ -99,21 +102,40 @@ def mount_bpffs(folder: Path) -> None:
         raise bpf.BpfError(f"{folder}: bpffs cannot be mounted", code)
 
 
-def load(options: Options, *, stay: bool, root: Path = ROOT) -> ProgramSet:
+def is_of(folder: Path, hierarchy: Hierarchy) -> bool:
+    """Tell whether a pinned set accounts this cgroup tree."""
+    return folder.name.partition("-")[2] == programs.tree_name(hierarchy)
+
+
+def load(
+    options: Options, loader: Literal["libbpf", "bcc"], *, stay: bool, root: Path = ROOT
+) -> ProgramSet:
     """Give the pinned set for these options, loaded if need be; under the lock.
 
     stay: until `unload`, not only while there are jobs. A set of another ABI takes no
     new jobs from now on.
     """
-    found = find(options, root)
+    found = find(options, root) or (None if stay else _standing(options.hierarchy, root))
     if found is None:
-        found = programs.load(options)
+        found = programs.load(options, loader)
         pin_set(found, programs.abi(options), root)
     if stay and not found.node().stay:
         found.set_node(stay=1)
     if stay:
         close_others(programs.abi(options), root)
     return found
+
+
+def _standing(hierarchy: Hierarchy, root: Path) -> ProgramSet | None:
+    """Open the set that was loaded to stay and accounts this tree, whatever its options."""
+    for folder in reversed(folders(root)):
+        if is_of(folder, hierarchy):
+            one = open_set(folder)
+            node = one.node()
+            if node.stay and not node.closed:
+                return one
+            one.close()
+    return None
 
 
 def close_others(name: str, root: Path = ROOT) -> None:
@@ -143,7 +165,7 @@ def let_go(used: ProgramSet, slot_id: int, root: Path = ROOT) -> None:
 
 def collect_garbage(root: Path = ROOT) -> list[Path]:
     """Remove sets without a job that are not to stay, and unfinished ones; under the lock."""
-    gone = [path for path in root.glob(f"*{_UNFINISHED}")] if root.is_dir() else []
+    gone = list(root.glob(f"*{_UNFINISHED}")) if root.is_dir() else []
     for folder in folders(root):
         try:
             one = open_set(folder)

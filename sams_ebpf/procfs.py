@@ -157,6 +157,11 @@ class ProcMeter:
                 return
         places.insert(at, Place(cgroup.folder))
 
+    def look(self, found: Sequence[Cgroup]) -> None:
+        """Take to the job's what it has now."""
+        for cgroup in found:
+            self.add(cgroup)
+
     def live(self) -> int:
         """Count the processes in the job's cgroups; zombies are not among them."""
         return len(set().union(*map(cgroups.processes, self._where)))

@@ -82,17 +82,17 @@ class ProgramSet:
     def node(self) -> layout.Node:
         """What concerns all jobs of this set."""
         data = self.maps["node"].lookup(_ZERO)
-        return layout.Node._make(layout.Node.FORMAT.unpack(data or bytes(24)))
+        return layout.Node._make(layout.NODE.unpack(data or bytes(24)))
 
     def set_node(self, **changes: int) -> None:
         """Change flags of the set; only under the loader's lock."""
         values = self.node()._replace(**changes)
-        self.maps["node"].update(_ZERO, layout.Node.FORMAT.pack(*values))
+        self.maps["node"].update(_ZERO, layout.NODE.pack(*values))
 
     def costs(self) -> list[layout.Cost]:
         """What the programs cost, per possible CPU."""
         count = possible_cpus()
-        each = layout.Cost.FORMAT
+        each = layout.COST
         costs = self.maps["costs"]
         wide = bpf.Map(costs.name, costs.fd, costs.key_size, each.size * count)
         data = wide.lookup(_ZERO) or b""
@@ -120,29 +120,36 @@ def object_bytes() -> bytes:
 
 
 def attempt(loader: Literal["libbpf", "bcc"]) -> Attempt:
-    """Load and attach a small private set, and let go of it: does it work here?"""
+    """Load and attach a small private set, let go of it, and tell how that went."""
     hierarchies = [h for h in mounted() if h.version == 2 or "cpuacct" in h.controllers]
+    if not hierarchies:
+        return Attempt(loader, False, "no cgroup tree that can be accounted is mounted")
     try:
-        if loader != "libbpf":
-            raise bpf.BpfError("this version has no loader with BCC")
-        if not hierarchies:
-            raise bpf.BpfError("no cgroup tree that can be accounted is mounted")
         began = time.monotonic()
-        load(Options(hierarchy=hierarchies[0], tasks=64, executables=64, cgroups=64)).close()
+        load(
+            Options(hierarchy=hierarchies[0], tasks=64, executables=64, cgroups=64), loader
+        ).close()
     except bpf.BpfError as error:
         return Attempt(loader, False, str(error))
     return Attempt(loader, True, f"in {(time.monotonic() - began) * 1000:.0f} ms")
 
 
 def abi(options: Options) -> str:
-    """Name a set by its programs and options: sets of different names know nothing of each other."""
+    """Name a set by its programs and options: sets of different names are strangers."""
     text = msgspec.json.encode(options)
     digest = hashlib.blake2b(object_bytes() + text, digest_size=6).hexdigest()
-    return f"{digest}-{options.hierarchy.name.replace(',', '+')}"
+    return f"{digest}-{tree_name(options.hierarchy)}"
 
 
-def load(options: Options) -> ProgramSet:
+def tree_name(hierarchy: Hierarchy) -> str:
+    """Name of a cgroup tree that can stand in a file name."""
+    return hierarchy.name.replace(",", "+").replace("name=", "")
+
+
+def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> ProgramSet:
     """Load and attach a set. Raises BpfError with the kernel's or libbpf's reason."""
+    if loader != "libbpf":
+        raise bpf.BpfError("this version has no loader with BCC")
     slices = True
     opened = bpf.Object(object_bytes())
     try:

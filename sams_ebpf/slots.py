@@ -42,14 +42,14 @@ def read(programs: ProgramSet, slot_id: int) -> layout.Slot | None:
 def claim_of(programs: ProgramSet, slot_id: int) -> layout.Claim | None:
     """Read the collector's side of a slot; None if nobody has claimed it."""
     data = programs.maps["claims"].lookup(layout.U32.pack(slot_id & _INDEX))
-    claim = layout.Claim._make(layout.Claim.FORMAT.unpack(data or bytes(64)))
+    claim = layout.Claim._make(layout.CLAIM.unpack(data or bytes(64)))
     return claim if claim.slot_id == slot_id else None
 
 
 def set_claim(programs: ProgramSet, claim: layout.Claim) -> None:
     """Write the collector's side of a slot."""
     key = layout.U32.pack(claim.slot_id & _INDEX)
-    programs.maps["claims"].update(key, layout.Claim.FORMAT.pack(*claim))
+    programs.maps["claims"].update(key, layout.CLAIM.pack(*claim))
 
 
 def claim(programs: ProgramSet, slot: layout.Slot) -> layout.Claim:
@@ -57,8 +57,7 @@ def claim(programs: ProgramSet, slot: layout.Slot) -> layout.Claim:
     now = layout.Claim(
         slot_id=slot.id,
         # A slot of the kernel's making began before anyone could read the wall clock.
-        begin_ns=time.time_ns()
-        - max(0, time.clock_gettime_ns(time.CLOCK_BOOTTIME) - slot.birth_ns),
+        begin_ns=time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + slot.birth_ns,
     )
     known = claim_of(programs, slot.id) or now
     mine = known._replace(generation=known.generation + 1, pid=os.getpid())
@@ -67,10 +66,10 @@ def claim(programs: ProgramSet, slot: layout.Slot) -> layout.Claim:
 
 
 def take(programs: ProgramSet, cgroup: Cgroup) -> layout.Slot:
-    """Take a slot for a cgroup, with what is in it already. Raises NotPossibleError if none is left.
+    """Take a slot for a cgroup, with what is in it already.
 
-    The cgroup's CPU so far, less what its live tasks will be charged, is kept in the
-    claim as `before_ns`.
+    Raises NotPossibleError if none is left. The cgroup's CPU so far, less what its live
+    tasks will be charged, is kept in the claim as `before_ns`.
     """
     index = programs.maps["free_slots"].pop()
     if index is None:
@@ -142,20 +141,20 @@ def release(programs: ProgramSet, slot_id: int) -> None:
     job = layout.U64.pack(slot.path_hash)
     if maps["jobs"].lookup(job) == wanted:
         maps["jobs"].delete(job)
-    for key in maps["cgroups"].keys():
+    for key in maps["cgroups"].all_keys():
         if maps["cgroups"].lookup(key) == wanted:
             maps["cgroups"].delete(key)
     for name in ("tasks", "processes"):
-        for key in maps[name].keys():
+        for key in maps[name].all_keys():
             data = maps[name].lookup(key)
             if data is not None and data.startswith(wanted):
                 maps[name].delete(key)
     for name in _ROWS:
-        for key in maps[name].keys():
+        for key in maps[name].all_keys():
             if key.startswith(wanted):
                 maps[name].delete(key)
     index = layout.U32.pack(slot_id & _INDEX)
-    maps["claims"].update(index, bytes(layout.Claim.FORMAT.size))
+    maps["claims"].update(index, bytes(layout.CLAIM.size))
     # The id stays: the next user of the place counts on from it.
-    maps["slots"].update(index, wanted + bytes(layout.Slot.FORMAT.size - len(wanted)))
+    maps["slots"].update(index, wanted + bytes(layout.SLOT.size - len(wanted)))
     maps["free_slots"].update(None, index)

@@ -80,6 +80,18 @@ class Composer:
         self._since_full = self._full_every
 
 
+def put(composer: Composer, folder: Path, batch: wire.Batch) -> Path | None:
+    """Spool a batch and let its composer know; None, logged, if it could not be written."""
+    try:
+        path = spool.put(folder, batch)
+    except OSError as error:
+        composer.lost()
+        _log.warning("%s: batch not written: %s", folder, error.strerror)
+        return None
+    composer.kept(batch)
+    return path
+
+
 def ledger_of(snapshot: Snapshot) -> wire.Ledger:
     """Compare what was attributed with what the kernel charged."""
     inside = sum(r.cpu_ns for r in snapshot.records if not r.flags & wire.OUTSIDE)

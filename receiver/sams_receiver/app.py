@@ -40,6 +40,7 @@ _UPSTREAM_PATH: Final = re.compile(r"/([0-9]{1,19})/([A-Za-z0-9][A-Za-z0-9._-]{0
 # Bodies beyond this are decompressed in a thread and one at a time.
 _SMALL: Final = 1 << 20
 _RETRY_SECONDS: Final = 30
+_JSON: Final = {"Content-Type": "application/json"}
 
 
 class Refusal(Exception):  # noqa: N818
@@ -506,7 +507,7 @@ def _quota_name(client: Client) -> str:
 
 
 def _answer(status: int, body: bytes) -> web.Response:
-    return web.Response(status=status, body=body, content_type="application/json")
+    return web.Response(status=status, body=body, headers=_JSON)
 
 
 def _refuse(refusal: Refusal) -> web.Response:

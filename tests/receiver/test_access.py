@@ -217,6 +217,22 @@ def test_quotas_of_a_node(tmp_path: Path) -> None:
         assert post("b", batches.encoded(node="n2")) == 200
 
 
+def test_nodes_that_share_one_name_have_quotas_of_their_own(tmp_path: Path) -> None:
+    quotas = {"writers_per_day": 1}
+    with Receiver(tmp_path, quotas=quotas).start() as receiver:
+        for node in ("n1", "n2"):
+            statuses = [
+                requests.post(
+                    f"{receiver.url}/v1/batches",
+                    batches.encoded(node=node, job=job),
+                    headers=receiving.HEADERS,
+                    timeout=10,
+                ).status_code
+                for job in (1, 2)
+            ]
+            assert statuses == [200, 429]
+
+
 def test_names_are_mapped_to_nodes_and_clusters(tmp_path: Path) -> None:
     names = [{"match": r"(?P<node>[a-z0-9]+)\.(?P<cluster>[a-z0-9]+)\.example\.org"}]
     tokens = receiving.tokens(

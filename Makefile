@@ -58,3 +58,7 @@ apt-bench:
 	$(call apt,$(APT_BENCH))
 bench: setup apt-test apt-bench bpf-objects
 	PYTHONPATH=tests/support $(BIN)/python -m bench $(BENCH)
+
+## soak     the long repetitions: hours, and to be run before a release
+soak: setup apt-test bpf-objects
+	$(PYTEST) -m soak --timeout 3600

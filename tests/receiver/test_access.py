@@ -256,6 +256,23 @@ def test_without_binding_it_is_taken_but_not_vouched_for(tmp_path: Path) -> None
         assert receiving.metric(receiver.url, "unvouched_batches_total") == 1
 
 
+def test_who_speaks_is_settled_before_the_body(tmp_path: Path) -> None:
+    with Receiver(tmp_path).start() as receiver:
+        body = batches.encoded()
+        for token, first in (("wrong", b"401"), (receiving.TOKEN, b"100")):
+            head = (
+                f"POST /v1/batches HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+                f"Authorization: Bearer {token}\r\nContent-Type: application/msgpack\r\n"
+                "Expect: 100-continue\r\n\r\n"
+            )
+            with socket.create_connection(("127.0.0.1", receiver.ports[0]), timeout=10) as sock:
+                sock.sendall(head.encode())
+                assert sock.recv(1000).split()[1] == first
+                if first == b"100":
+                    sock.sendall(body)
+                    assert sock.recv(1000).startswith(b"HTTP/1.1 200 OK")
+
+
 # -- TLS, without anything in front ----------------------------------------------------
 
 

@@ -42,6 +42,10 @@ bpf-objects: $(BIN)/.installed
 	@$(BIN)/python hatch_build.py >/dev/null
 .PHONY: bpf-objects
 
+## demo     a real job through collector, receiver, aggregator, to a report
+demo: setup apt-test bpf-objects
+	$(BIN)/python -m bench.demo
+
 ## lint     ruff and mypy
 lint: setup
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ APT_TEST  += nginx-light openssl e2fsprogs
 APT_TEST  += systemd dbus iproute2 util-linux slurmctld slurmd slurm-client munge
 APT_TEST  += iptables iproute2 openssl util-linux
 APT_TEST  += nginx-light openssl e2fsprogs
+# A state that several hosts share.
+APT_TEST  += postgresql-15
 # A lossy link, certificates.
 APT_TEST  += iptables openssl
 APT_BENCH := acct bpftrace libbpf-tools

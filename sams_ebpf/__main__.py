@@ -1,14 +1,19 @@
-"""`sams-ebpf`: the collector's command line."""
+"""`sams-ebpf`: the command line of a node."""
 
 from __future__ import annotations
 
+import signal
 import sys
-
-from sams_ebpf import cli, program
 
 
 def main() -> int:
     """Console entry point."""
+    if sys.argv[1:2] == ["collect"]:
+        # A job may end while its collector still starts: the signal that says so waits
+        # until somebody can hear it (see `daemon.Signals`), instead of ending Python.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGTERM, signal.SIGINT))
+    from sams_ebpf import cli, program  # noqa: PLC0415 - after the line above
+
     return program.run(cli.build)
 
 

@@ -20,6 +20,8 @@ def build() -> argparse.ArgumentParser:
         prog="sams-ebpf", description="Exact CPU accounting per executable for HPC jobs."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _run(commands.add_parser("run", help="run a command and show where its CPU time went"))
+    _collect(commands.add_parser("collect", help="measure one job on this node until it ends"))
     dump = commands.add_parser("dump", help="show batches as JSON lines")
     dump.add_argument("files", nargs="+", metavar="FILE", help="a batch file, or - for stdin")
     dump.set_defaults(handler=_later("sams_ebpf.dump"))
@@ -36,8 +38,104 @@ def build() -> argparse.ArgumentParser:
     ship.add_argument("--once", action="store_true", help="try each batch once, then exit")
     ship.set_defaults(handler=_later("sams_ebpf.ship"))
     _units(commands.add_parser("install-units", help="put systemd units and Slurm hooks in place"))
+    probe = commands.add_parser(
+        "probe",
+        help="show what this host can do",
+        description="Try what this host can do, feature by feature, and show how a job would "
+        "be measured here and why each better way would not be used. Loads the programs for "
+        "a moment; leaves nothing behind.",
+    )
+    probe.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    probe.set_defaults(handler=_later("sams_ebpf.probe"))
     _status(commands.add_parser("status", help="show jobs, spool and programs of this node"))
+    _node(commands)
     return parser
+
+
+def _node(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    load = commands.add_parser(
+        "load",
+        help="load the node's programs, to stay until unload",
+        description="Load the accounting programs at a node's boot: every job is then counted "
+        "from its first process on. Closes the accounts that the last boot left open.",
+    )
+    _config(load)
+    load.set_defaults(handler=_later("sams_ebpf.node", "load"))
+    unload = commands.add_parser(
+        "unload", help="kill switch: take all accounting programs out of the kernel now"
+    )
+    unload.set_defaults(handler=_later("sams_ebpf.node", "unload"))
+    gc = commands.add_parser("gc", help="remove programs that nobody needs any more")
+    gc.set_defaults(handler=_later("sams_ebpf.node", "gc"))
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run any command in a cgroup of its own and report its CPU time per executable. The "
+        "exit status is the command's, its input and output are untouched; the report goes "
+        "to stderr. Needs root, no configuration and no Slurm."
+    )
+    parser.usage = "sams-ebpf run [options] -- COMMAND [ARGUMENT ...]"
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write the report to FILE"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument(
+        "--interval",
+        type=_seconds,
+        metavar="S",
+        help="seconds between batches or samples (default: 60, in mode proc 1)",
+    )
+    parser.add_argument(
+        "--mode", choices=("auto", "bpf", "proc"), default="auto", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--loader", choices=("auto", "libbpf", "bcc"), default="auto", help="of mode bpf"
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="take final values at the last context switch: nothing is ever missed, each "
+        "context switch of the node costs about 0.1 us",
+    )
+    parser.add_argument(
+        "--cgroup-tree", metavar="NAME", help="v2 or a v1 controller (default: v2 if mounted)"
+    )
+    parser.add_argument(
+        "--spool", type=Path, metavar="DIR", help="also write batches to DIR, as collect does"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.set_defaults(handler=_later("sams_ebpf.run"))
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.05 <= value <= 86400:
+        raise argparse.ArgumentTypeError("has to be between 0.05 and 86400 seconds")
+    return value
+
+
+def _collect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobid",
+        required=True,
+        metavar="N",
+        help="job id, or N.R as the instance of a unit for a later run of the job",
+    )
+    _config(parser)
+    parser.add_argument(
+        "--cgroup",
+        metavar="PATH",
+        help="the job's cgroup, a folder, path or systemd unit (default: the Slurm job's)",
+    )
+    parser.add_argument("--node", metavar="NAME", help="name of this node (default: Slurm's)")
+    parser.add_argument(
+        "--env-file", type=Path, metavar="FILE", help="the job's identity as the Prolog wrote it"
+    )
+    parser.add_argument(
+        "--finish", action="store_true", help="take up what was counted, close the job, end"
+    )
+    parser.set_defaults(handler=_later("sams_ebpf.collect"))
 
 
 def _units(parser: argparse.ArgumentParser) -> None:

@@ -75,9 +75,11 @@ class Collector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     loader: Literal["auto", "libbpf", "bcc"] = "auto"
     exact: bool = False
     full_every: Annotated[int, Meta(ge=1, le=1000)] = 10
-    executables_per_job: Annotated[int, Meta(ge=16, le=1_000_000)] = 4096
-    job_slots: Annotated[int, Meta(ge=1, le=65536)] = 256
-    cgroup_parents: Annotated[list[Name], Meta(min_length=1, max_length=16)] = msgspec.field(
+    cgroup_tree: Name = "auto"
+    executables_per_job: Annotated[int, Meta(ge=1, le=1_000_000)] = 1024
+    executables: Annotated[int, Meta(ge=16, le=1_000_000)] = 8192
+    tasks: Annotated[int, Meta(ge=64, le=4_000_000)] = 32768
+    cgroup_parents: Annotated[list[Name], Meta(max_length=8)] = msgspec.field(
         default_factory=lambda: [
             "/slurm",
             "/slurm_{node}",

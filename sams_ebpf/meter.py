@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import msgspec
 
 from sams_ebpf import wire
+from sams_ebpf.cgroups import Cgroup
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,12 +33,28 @@ class Meter(Protocol):
 
     mode: Literal["bpf", "proc"]
     loader: Literal["libbpf", "bcc"] | None
-    epoch: bytes
-    generation: int
-    begin_ns: int
+
+    @property
+    def epoch(self) -> bytes:
+        """Identity of this uninterrupted life of the counters."""
+        ...
+
+    @property
+    def generation(self) -> int:
+        """Which writer of the epoch this is."""
+        ...
+
+    @property
+    def begin_ns(self) -> int:
+        """Wall clock at which the epoch began, ns since the Unix epoch."""
+        ...
 
     def harvest(self) -> Snapshot:
         """Read every counter now; wakes nobody and changes nothing that is counted."""
+        ...
+
+    def look(self, found: Sequence[Cgroup]) -> None:
+        """Be told which cgroups the job has now: told at each waking."""
         ...
 
     def live(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -220,12 +221,13 @@ class Store:
                 number = partition.writer.to_seal[0]
                 segment = self._appender.archive.segment(partition.writer.partition, number)
                 begin = time.perf_counter()
-                await loop.run_in_executor(self._seals, seal, segment)
+                if not segment.sealed:
+                    await loop.run_in_executor(self._seals, seal, segment)
                 await loop.run_in_executor(self._seals, partition.seen.record_sealed, number)
                 partition.seen.release(number)
                 partition.writer.to_seal.remove(number)
                 self._observer.sealed(time.perf_counter() - begin)
-        except (OSError, ArchiveError, FormatError) as error:
+        except (OSError, ArchiveError, FormatError, sqlite3.Error) as error:
             log.error("sealing segment %s failed: %s; it stays as it is for now", number, error)
             partition.seal_after = time.monotonic() + _SEAL_RETRY_SECONDS
             self._observer.seal_failed()

@@ -140,7 +140,6 @@ def test_what_is_no_job_id_is_left_alone(hooks: Hooks, hook: str, job: str) -> N
 def test_hooks_succeed_when_systemd_does_not(tmp_path: Path) -> None:
     hooks = Hooks(tmp_path, systemctl_status=1)
     hooks.run("prolog", SLURM_JOB_ID="7")
-    assert list(hooks.jobs.iterdir()) == []
     hooks.run("epilog", SLURM_JOB_ID="7")
 
 

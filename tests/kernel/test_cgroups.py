@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cgrouptools import cgroup_of_version, hierarchy_of, start
 
 from sams_ebpf import cgroups
-from sams_ebpf.cgroups import Cgroup, Hierarchy
+from sams_ebpf.cgroups import Cgroup
 
 pytestmark = pytest.mark.kernel
 
 
-def hierarchy_of(version: int) -> Hierarchy:
-    found = [
-        h
-        for h in cgroups.mounted()
-        if h.version == version and (version == 2 or "cpuacct" in h.controllers)
-    ]
-    if not found:
-        pytest.skip(f"no cgroup v{version} hierarchy with a CPU counter is mounted")
-    return found[0]
-
-
 @pytest.fixture(params=[1, 2], ids=["v1", "v2"])
 def cgroup(request: pytest.FixtureRequest) -> Iterator[Cgroup]:
-    made = cgroups.create(f"sams-test-{os.getpid()}", [hierarchy_of(request.param)])
-    yield made
-    assert cgroups.remove(made)
-
-
-def start(cgroup: Cgroup, *command: str) -> subprocess.Popen[bytes]:
-    """Start a command that is in the cgroup before it is executed."""
-    entering = f'echo 0 > {cgroup.folder}/cgroup.procs && exec "$@"'
-    process = subprocess.Popen(["sh", "-c", entering, "sh", *command])
-    while process.pid not in cgroups.processes(cgroup) and process.poll() is None:
-        time.sleep(0.001)
-    return process
+    with cgroup_of_version(request.param) as made:
+        yield made
 
 
 def test_cpu_processes_and_identity(cgroup: Cgroup) -> None:

@@ -38,20 +38,21 @@ class Shipped:
 
 def torture(make_job: MakeJob, hierarchy: Hierarchy, kills: int, seed: int) -> None:
     chance = random.Random(seed)
-    options = Options(interval_s=0.1)
+    options = Options(interval_s=1)
     job = make_job(hierarchy, options=options)
     shipped = Shipped()
     assert job.collector is not None
     spool = job.collector.spool
-    storms = [job.launch(job.programs["storm.sh"], str(150 * kills)) for _ in range(2)]
+    storms = [job.launch(job.programs["storm_until.sh"]) for _ in range(2)]
     for kill in range(kills):
         # From before the first line of Python to well after the first harvests.
-        time.sleep(chance.uniform(0.0, 0.7))
+        time.sleep(chance.uniform(0.0, 1.6))
         job.collector.kill()
         if kill % 2:
             shipped.take(spool)
         last = kill == kills - 1
         job.collector = Collector(job.group.path, job.folder, job.job_id, options, wait=last)
+    job.stop.touch()
     for storm in storms:
         job.ended(storm)
     job.group.wait_empty()

@@ -19,11 +19,11 @@ MakeJob = Callable[..., Job]
 TICK_NS = 4_000_000
 
 
-def bound_ns(result: Result, setup: SetUp) -> int:
+def bound_ns(result: Result, setup: SetUp, case: Case) -> int:
     """How far attributed may be from what the kernel charged."""
     ledger = result.ledger
     assert ledger.cgroup_cpu_ns is not None
-    if setup == "exact":
+    if setup == "exact" and not case.moves:
         return 2_000
     missed = sum(ledger.lost.get(cause, 0) for cause in ("missed_deaths", "missed_death"))
     return max(ledger.cgroup_cpu_ns // (200 if missed else 1000), 1_000_000)
@@ -40,7 +40,7 @@ def check(job: Job, case: Case, setup: SetUp) -> None:
     ledger, processes, expected = result.ledger, result.processes, job.expected
     assert ledger.cgroup_cpu_ns is not None
     assert ledger.attributed_cpu_ns == result.total("cpu_ns"), "attributed is the sum of the rows"
-    assert abs(unexplained_ns(ledger)) <= bound_ns(result, setup), ledger
+    assert abs(unexplained_ns(ledger)) <= bound_ns(result, setup, case), ledger
     assert None not in (processes.forks, processes.exits, processes.live)
     into = (processes.forks or 0) + (processes.adopted or 0) + (processes.moved_in or 0)
     out = (processes.exits or 0) + (processes.live or 0) + (processes.moved_out or 0)
@@ -59,7 +59,7 @@ def check(job: Job, case: Case, setup: SetUp) -> None:
             expected.adopted,
         )
     overflow = [r for r in result.records.values() if r.flags & wire.OVERFLOW]
-    if case.quota is not None or case.total_entries is not None:
+    if case.quota is not None:
         assert sum(row.execs or 0 for row in overflow) > 0, "the overflow row took the rest"
         assert sum(ledger.lost.values()) > 0, "and it is counted"
     else:
@@ -67,7 +67,7 @@ def check(job: Job, case: Case, setup: SetUp) -> None:
 
 
 def drive(make_job: MakeJob, case: Case, hierarchy: Hierarchy, setup: SetUp) -> None:
-    options = Options(setup=setup, quota=case.quota, total_entries=case.total_entries)
+    options = Options(setup=setup, quota=case.quota)
     job = make_job(hierarchy, options=options, collected=case.before is None)
     if case.before is not None:
         case.before(job)
@@ -120,18 +120,17 @@ def test_in_mid_life_within_a_tick_per_running_thread(
     make_job: MakeJob, hierarchy: Hierarchy, setup: SetUp
 ) -> None:
     threads = 6
-    job = make_job(hierarchy, options=Options(setup=setup, interval_s=0.5))
+    job = make_job(hierarchy, options=Options(setup=setup, interval_s=1))
     process = job.launch(job.programs["waiter"], str(threads))
     job.truth.wait_for("ready")
-    process_time = job.group.cpu_ns()
-    while job.group.cpu_ns() < process_time + 4_000_000_000:
+    while len(read(job)) < 3:
         # Short lives beside the long one: harvests fall between fork, exec and exit.
         job.run(job.programs["burn"], "2000")
     job.stop.touch()
     job.ended(process)
     job.group.wait_empty()
     check(job, Case("mid_life", lambda _: None), setup)
-    batches = [b for b in read(job) if b.final is None and (b.ledger or 0)]
+    batches = [batch for batch in read(job) if batch.final is None]
     assert len(batches) >= 3
     before = 0
     for batch in batches:

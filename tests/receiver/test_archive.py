@@ -302,7 +302,7 @@ def test_what_is_not_known_to_be_on_disk_is_not_read(
     assert stored(folder) == PAYLOADS[:5]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_a_write_that_fails_leaves_nothing_and_the_next_one_works(
     folder: Path, appender: Appender, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
@@ -327,6 +327,23 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_one_works(
         assert stored(folder) == PAYLOADS[:5]
     fill(appender, PAYLOADS[10:12])
     assert stored(folder) == PAYLOADS[:5] + PAYLOADS[10:12]
+
+
+def test_a_disk_that_is_gone_stops_the_writer(
+    folder: Path, appender: Appender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(appender, PAYLOADS[:5])
+
+    def gone(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", gone)
+        with pytest.raises(archive.SyncFailedError, match="write failed"):
+            fill(appender, PAYLOADS[5:10])
+    with pytest.raises(archive.SyncFailedError, match="earlier"):
+        fill(appender, PAYLOADS[5:10])
+    assert stored(folder) == PAYLOADS[:5]
 
 
 @pytest.mark.parametrize("step", ["before rename", "after rename"])

@@ -40,7 +40,6 @@ class Options:
     setup: SetUp = "default"
     interval_s: float = 3600
     quota: int | None = None
-    total_entries: int | None = None
     mode: str = "bpf"
 
 
@@ -105,18 +104,14 @@ class Collector:
 
 def _config(spool: Path, folder: Path, options: Options) -> dict[str, Any]:
     collector: dict[str, Any] = {
-        "spool": str(spool),
-        "state": str(folder),
-        "interval": options.interval_s,
+        "interval_s": options.interval_s,
         "mode": options.mode,
+        "exact": options.setup == "exact",
+        "state": str(folder),
     }
-    if options.setup == "exact":
-        collector["exact"] = True
     if options.quota is not None:
         collector["executables_per_job"] = options.quota
-    if options.total_entries is not None:
-        collector["executables"] = options.total_entries
-    return {"collector": collector}
+    return {"collector": collector, "spool": {"folder": str(spool), "keep_free_bytes": 0}}
 
 
 def _command(cgroup: Path, job_id: int, config: Path) -> list[str]:

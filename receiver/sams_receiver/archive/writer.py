@@ -5,6 +5,7 @@ Nothing here knows of HTTP. `Appender.commit` returns when its frames are on dis
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -27,6 +28,10 @@ from sams_receiver.archive.seal import same_content, seal
 log = logging.getLogger(__name__)
 
 LOCK: Final = "lock"
+# With these the file or the disk is gone: trying again would not bring it back.
+_GONE: Final = frozenset(
+    {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.EUCLEAN, errno.EBADF}
+)
 
 
 class SyncFailedError(SamsError):
@@ -102,26 +107,19 @@ class PartitionWriter:
         """Append all items and return when they are on disk: the offset of each.
 
         Raises OSError with nothing of them kept (full, read-only: try again later), and
-        SyncFailedError when the disk does not confirm; after that nothing is taken.
+        SyncFailedError when the disk is gone or does not confirm; after that nothing is taken.
         """
         if self.failed:
             raise SyncFailedError(f"{self.folder}: an earlier sync failed; nothing is written")
-        if self._fd < 0:
-            self._create()
-        if self._dirty:
-            os.ftruncate(self._fd, self._length)
-            self._dirty = False
-        now = time.time_ns()
-        packed = [
-            fmt.pack_frame(self._marker, kind, flags, received_ns or now, data)
-            for kind, data, flags, received_ns in items
-        ]
-        group = b"".join(packed)
         try:
-            _pwrite_all(self._fd, group, self._length)
-        except OSError:
-            self._undo()
-            raise
+            packed = self._write(items)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            self.failed = True
+            raise SyncFailedError(
+                f"{self.folder}: write failed: {error.strerror}; nothing more is acknowledged"
+            ) from error
         try:
             os.fdatasync(self._fd)
         except OSError as error:
@@ -138,6 +136,25 @@ class PartitionWriter:
         self._frames += len(items)
         self._set_mark()
         return offsets
+
+    def _write(self, items: Sequence[Item]) -> list[bytes]:
+        """Put the items behind what is there, or leave it as it was. Raises OSError."""
+        if self._fd < 0:
+            self._create()
+        if self._dirty:
+            os.ftruncate(self._fd, self._length)
+            self._dirty = False
+        now = time.time_ns()
+        packed = [
+            fmt.pack_frame(self._marker, kind, flags, received_ns or now, data)
+            for kind, data, flags, received_ns in items
+        ]
+        try:
+            _pwrite_all(self._fd, b"".join(packed), self._length)
+        except OSError:
+            self._undo()
+            raise
+        return packed
 
     def roll_if_due(self) -> None:
         """Close the live segment if it is big or old enough."""

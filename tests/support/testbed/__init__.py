@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -214,7 +214,7 @@ def _hierarchies() -> list[Path]:
     return found
 
 
-def _unshare(plan: dict[str, object], cgroups: Sequence[Path]) -> subprocess.Popen[bytes]:
+def _unshare(plan: Mapping[str, object], cgroups: Sequence[Path]) -> subprocess.Popen[bytes]:
     """Start boot.py as PID 1 of fresh namespaces rooted in `cgroups`."""
 
     def enter() -> None:

@@ -1,0 +1,86 @@
+"""What the programs in the kernel cost per life of a process."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from functools import partial
+from pathlib import Path
+
+from jobs import SETUPS, Job
+from workloads import Truth
+
+from bench import rig as rigs
+from bench.section import Section, Table
+
+LIVES = 2000
+ROUNDS = 7
+DEPTHS = (5, 20)
+
+
+def run() -> Section:
+    """Lives of a small program under paths of different depth, inside and outside a job."""
+    with rigs.rig() as rig:
+        shallow, deep = (_program(rig, depth) for depth in DEPTHS)
+        rows: list[list[str | float]] = []
+        for setup in SETUPS:
+            with rig.job(setup) as job:
+                kinds = (
+                    (f"inside, path of {DEPTHS[0]} components", True, shallow),
+                    (f"inside, path of {DEPTHS[1]} components", True, deep),
+                    ("inside, /bin/true", True, "/bin/true"),
+                    ("outside any job, /bin/true", False, "/bin/true"),
+                )
+                found = rigs.interleaved(kinds, ROUNDS, partial(_bpf_us, job))
+                life_us = statistics.median(_life_us(job) for _ in range(3))
+            for (kind, *_), values in found.items():
+                median = statistics.median(values)
+                rows.append(
+                    [f"{rigs.NAMES[setup]}: {kind}", median, min(values), 100 * median / life_us]
+                )
+            rows.append(
+                [f"{rigs.NAMES[setup]}: fork, exec, wait of /bin/true", life_us, life_us, 100.0]
+            )
+        return Section(
+            title="BPF time for the whole life of a process",
+            method=f"""{LIVES} times fork, exec, exit and wait of a static program. Time is the
+kernel's own statistics (`BPF_ENABLE_STATS`) added up over every BPF program that is loaded, so
+what other processes of the machine cause meanwhile is in it, and the taking of the time itself
+too; {ROUNDS} interleaved rounds. The last column sets it against what fork, exec and wait of
+`/bin/true` take, the programs included.""",
+            tables=[Table(("", "us, median", "us, least", "% of a life"), rows)],
+        )
+
+
+def _program(rig: rigs.Rig, depth: int) -> str:
+    # /tmp/sams-bench-x/deep-N/… : what is missing to `depth` components is made up.
+    folder = rig.new_folder(f"depth-{depth}")
+    missing = depth - len(folder.parts[1:]) - 1
+    for number in range(missing):
+        folder /= f"component-{number:02d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "program"
+    shutil.copy2(rig.programs["burn"], target)
+    assert len(Path(target).parts) == depth + 1
+    return str(target)
+
+
+def _bpf_us(job: Job, kind: tuple[str, bool, str]) -> float:
+    _, inside, program = kind
+    command = (job.programs["lives"], str(LIVES), program, "0")
+
+    def act() -> None:
+        process = job.launch(*command) if inside else job.outside(*command)
+        assert process.wait(120) == 0
+
+    return rigs.program_time_ns(act) / LIVES / 1000
+
+
+def _life_us(job: Job) -> float:
+    truth = Truth(job.folder / "life")
+    truth.file.write_text("")
+    process = job.launch(
+        job.programs["lives"], str(LIVES), "/bin/true", environ={"TRUTH": str(truth.file)}
+    )
+    assert process.wait(120) == 0
+    return truth.read()["elapsed_ns"] / LIVES / 1000

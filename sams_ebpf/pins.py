@@ -1,0 +1,180 @@
+"""Sets of programs that outlive the process that loaded them: pinned in bpffs.
+
+    /sys/fs/bpf/sams-ebpf/<abi>/map_<name>, link_<program>, iter_<program>
+
+One lock per node, held for the moment in which sets come and go or a slot is claimed. A
+set is pinned under a name of its own first and then renamed, so that one with its right
+name is whole. A set of another ABI may have jobs of its own: it takes no new ones once a
+newer set is there, and goes when the last of them has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Literal
+
+from sams_ebpf import bpf, programs, slots
+from sams_ebpf.cgroups import Hierarchy
+from sams_ebpf.errors import NotPossibleError
+from sams_ebpf.programs import Options, ProgramSet
+
+ROOT: Final = Path("/sys/fs/bpf/sams-ebpf")
+LOCK: Final = Path("/run/sams-ebpf/lock")
+_UNFINISHED: Final = "-new"  # no dot: bpffs refuses those
+
+
+@contextlib.contextmanager
+def lock(path: Path = LOCK) -> Iterator[None]:
+    """Hold the node's lock; the kernel gives it up with the process."""
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise NotPossibleError(f"{path}: {error.strerror}; root is needed (try sudo)") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def folders(root: Path = ROOT) -> list[Path]:
+    """List the pinned sets, oldest first."""
+    try:
+        found = [
+            path for path in root.iterdir() if path.is_dir() and not path.name.endswith(_UNFINISHED)
+        ]
+    except FileNotFoundError:
+        return []
+    return sorted(found, key=lambda path: path.stat().st_ctime_ns)
+
+
+def open_set(folder: Path) -> ProgramSet:
+    """Open a pinned set. Raises BpfError if it is not whole."""
+    maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
+    iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in programs.ITERATORS}
+    return ProgramSet(
+        maps, iterators, {}, loader="bcc" if folder.name.startswith("bcc") else "libbpf"
+    )
+
+
+def find(options: Options, root: Path = ROOT) -> ProgramSet | None:
+    """Open the pinned set of these programs and options; None if there is none."""
+    folder = root / programs.abi(options)
+    return open_set(folder) if folder.is_dir() else None
+
+
+def pin_set(made: ProgramSet, name: str, root: Path = ROOT) -> Path:
+    """Pin a set under its name; under the lock. Raises BpfError, and then nothing is pinned."""
+    mount_bpffs(root.parent)
+    folder = root / name
+    unfinished = root / f"{name}{_UNFINISHED}"
+    try:
+        unfinished.mkdir(mode=0o700, parents=True)
+        for prefix, items in (
+            ("map", {n: m.fd for n, m in made.maps.items()}),
+            ("iter", made.iterators),
+            ("link", made.links),
+        ):
+            for item, fd in items.items():
+                bpf.pin(fd, unfinished / f"{prefix}_{item}")
+        unfinished.rename(folder)
+    except OSError as error:
+        remove(unfinished)
+        raise bpf.BpfError(f"{folder}: cannot be pinned", error.errno or 0) from error
+    except bpf.BpfError:
+        remove(unfinished)
+        raise
+    return folder
+
+
+def mount_bpffs(folder: Path) -> None:
+    """Mount bpffs where it is missing: systemd does at boot, a container may not."""
+    if folder.is_mount():
+        return
+    code = bpf.mount(b"bpf", folder, b"bpf")
+    if code:
+        raise bpf.BpfError(f"{folder}: bpffs cannot be mounted", code)
+
+
+def is_of(folder: Path, hierarchy: Hierarchy) -> bool:
+    """Tell whether a pinned set accounts this cgroup tree."""
+    return folder.name.partition("-")[2] == programs.tree_name(hierarchy)
+
+
+def load(
+    options: Options, loader: Literal["libbpf", "bcc"], *, stay: bool, root: Path = ROOT
+) -> ProgramSet:
+    """Give the pinned set for these options, loaded if need be; under the lock.
+
+    stay: until `unload`, not only while there are jobs. A set of another ABI takes no
+    new jobs from now on.
+    """
+    found = find(options, root) or (None if stay else _standing(options.hierarchy, root))
+    if found is None:
+        found = programs.load(options, loader)
+        pin_set(found, programs.abi(options), root)
+    if stay and not found.node().stay:
+        found.set_node(stay=1)
+    if stay:
+        close_others(programs.abi(options), root)
+    return found
+
+
+def _standing(hierarchy: Hierarchy, root: Path) -> ProgramSet | None:
+    """Open the set that was loaded to stay and accounts this tree, whatever its options."""
+    for folder in reversed(folders(root)):
+        if is_of(folder, hierarchy):
+            one = open_set(folder)
+            node = one.node()
+            if node.stay and not node.closed:
+                return one
+            one.close()
+    return None
+
+
+def close_others(name: str, root: Path = ROOT) -> None:
+    """Let the sets of other names take no new jobs, and remove those without any."""
+    for folder in folders(root):
+        if folder.name != name:
+            other = open_set(folder)
+            other.set_node(closed=1, stay=0)
+            other.close()
+    collect_garbage(root)
+
+
+def remove(folder: Path) -> None:
+    """Unpin: what nobody else holds open is gone from the kernel with that."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()  # the last one takes the product's folder along
+
+
+def let_go(used: ProgramSet, slot_id: int, root: Path = ROOT) -> None:
+    """Release a job's slot, and the set if that was the last job of a set not to stay."""
+    with lock():
+        slots.release(used, slot_id)
+        collect_garbage(root)
+
+
+def collect_garbage(root: Path = ROOT) -> list[Path]:
+    """Remove sets without a job that are not to stay, and unfinished ones; under the lock."""
+    gone = list(root.glob(f"*{_UNFINISHED}")) if root.is_dir() else []
+    for folder in folders(root):
+        try:
+            one = open_set(folder)
+        except bpf.BpfError:
+            gone.append(folder)  # not whole, or of a version that cannot be read any more
+            continue
+        if not one.node().stay and not any(slots.used(one)):
+            gone.append(folder)
+        one.close()
+    for folder in gone:
+        remove(folder)
+    return gone

@@ -1,0 +1,308 @@
+"""A set of accounting programs: loaded, attached, its maps at hand.
+
+A set serves every job of a node (pinned, see `pins.py`) or one process (private: it goes
+with its descriptors, whatever happens to the process).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.resources
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from sams_ebpf import bpf, layout
+from sams_ebpf.cgroups import Hierarchy, mounted
+from sams_ebpf.host import Attempt
+
+OBJECT: Final = "accounting.bpf.o"
+TRACEPOINTS: Final = {
+    "on_new_task": "task_newtask",
+    "on_exec": "sched_process_exec",
+    "on_exit": "sched_process_exit",
+    "on_free": "sched_process_free",
+    "on_switch": "sched_switch",
+    "on_attach": "cgroup_attach_task",
+    "on_mkdir": "cgroup_mkdir",
+    "on_rmdir": "cgroup_rmdir",
+}
+ITERATORS: Final = {"harvest": "tasks", "adopt": None}
+MAPS: Final = (
+    *("tasks", "processes", "totals", "names", "cgroups", "slots", "free_slots", "jobs"),
+    *("claims", "splits", "node", "costs"),
+)
+_ZERO: Final = layout.U32.pack(0)
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What is settled when a set is loaded.
+
+    exact: take each task's final value at its last context switch instead of when it is
+        freed. quota: executables per job. limit_percent: of the programs' own time, per
+        CPU and second; beyond it they switch themselves off. parents: absolute paths of
+        the cgroups in which job cgroups are recognised when they are made.
+    """
+
+    hierarchy: Hierarchy
+    exact: bool = False
+    quota: int = 1024
+    tasks: int = 32768
+    executables: int = 8192
+    cgroups: int = 8192
+    limit_percent: float = 0
+    parents: tuple[str, ...] = ()
+
+    def attached(self) -> set[str]:
+        """Names of the programs that run all the time."""
+        return set(TRACEPOINTS) - {"on_free" if self.exact else "on_switch"}
+
+
+class ProgramSet:
+    """Maps and iterators of a set that is attached."""
+
+    def __init__(
+        self,
+        maps: dict[str, bpf.Map],
+        iterators: dict[str, int],
+        links: dict[str, int],
+        loader: Literal["libbpf", "bcc"] = "libbpf",
+    ) -> None:
+        self.maps = maps
+        self.iterators = iterators
+        self.links = links
+        self.loader: Literal["libbpf", "bcc"] = loader
+
+    def node(self) -> layout.Node:
+        """What concerns all jobs of this set."""
+        data = self.maps["node"].lookup(_ZERO)
+        return layout.Node._make(layout.NODE.unpack(data or bytes(24)))
+
+    def set_node(self, **changes: int) -> None:
+        """Change flags of the set; only under the loader's lock."""
+        values = self.node()._replace(**changes)
+        self.maps["node"].update(_ZERO, layout.NODE.pack(*values))
+
+    def costs(self) -> list[layout.Cost]:
+        """What the programs cost, per possible CPU."""
+        count = possible_cpus()
+        each = layout.COST
+        costs = self.maps["costs"]
+        wide = bpf.Map(costs.name, costs.fd, costs.key_size, each.size * count)
+        data = wide.lookup(_ZERO) or b""
+        return [layout.Cost._make(values) for values in each.iter_unpack(data)]
+
+    def close(self) -> None:
+        """Let go of all descriptors; a set that is not pinned ends with that."""
+        for one in self.maps.values():
+            one.close()
+        for fd in (*self.iterators.values(), *self.links.values()):
+            os.close(fd)
+        self.maps, self.iterators, self.links = {}, {}, {}
+
+
+# Given maps and options, load programs in another way than libbpf: name → descriptor.
+LoadPrograms = Callable[[dict[str, bpf.Map], Options, set[str]], dict[str, int]]
+
+
+def object_bytes() -> bytes:
+    """Read the compiled programs. Raises BpfError if the package was built without them."""
+    try:
+        return (importlib.resources.files("sams_ebpf") / "_bpf" / OBJECT).read_bytes()
+    except FileNotFoundError as error:
+        raise bpf.BpfError(f"{error.filename}: missing; the package was not built whole") from error
+
+
+def attempt(loader: Literal["libbpf", "bcc"]) -> Attempt:
+    """Load and attach a small private set, let go of it, and tell how that went."""
+    hierarchies = [h for h in mounted() if h.version == 2 or "cpuacct" in h.controllers]
+    if not hierarchies:
+        return Attempt(loader, False, "no cgroup tree that can be accounted is mounted")
+    try:
+        began = time.monotonic()
+        load(
+            Options(hierarchy=hierarchies[0], tasks=64, executables=64, cgroups=64), loader
+        ).close()
+    except bpf.BpfError as error:
+        return Attempt(loader, False, str(error))
+    return Attempt(loader, True, f"in {(time.monotonic() - began) * 1000:.0f} ms")
+
+
+def abi(options: Options) -> str:
+    """Name a set by its programs and options: sets of different names are strangers."""
+    text = msgspec.json.encode(options)
+    digest = hashlib.blake2b(object_bytes() + text, digest_size=6).hexdigest()
+    return f"{digest}-{tree_name(options.hierarchy)}"
+
+
+def tree_name(hierarchy: Hierarchy) -> str:
+    """Name of a cgroup tree that can stand in a file name."""
+    return hierarchy.name.replace(",", "+").replace("name=", "")
+
+
+def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> ProgramSet:
+    """Load and attach a set. Raises BpfError with the kernel's or libbpf's reason."""
+    if loader != "libbpf":
+        raise bpf.BpfError("this version has no loader with BCC")
+    slices = True
+    opened = bpf.Object(object_bytes())
+    try:
+        sizes = {
+            "tasks": options.tasks,
+            "processes": options.tasks,
+            "totals": options.executables,
+            "names": options.executables,
+            "splits": options.executables,
+            "cgroups": options.cgroups,
+            "clocks": possible_cpus(),
+        }
+        opened.resize(sizes)
+        _set_options(opened.read_only_data(), options, slices=slices)
+        attached = options.attached()
+        maps, programs = opened.load(attached | set(ITERATORS) | {"on_calibrate"})
+    finally:
+        opened.close()
+    for index in range(layout.SLOTS):
+        maps["free_slots"].update(None, layout.U32.pack(index))
+    _open_clocks(maps["clocks"])
+    _calibrate(programs["on_calibrate"])
+    links = {
+        name: bpf.attach_raw_tracepoint(TRACEPOINTS[name], programs[name])
+        for name in sorted(attached)
+    }
+    iterators = {
+        name: bpf.attach_iterator(programs[name], maps[over] if over else None)
+        for name, over in ITERATORS.items()
+    }
+    for fd in programs.values():
+        os.close(fd)
+    maps.pop("clocks").close()
+    maps.pop("scratch").close()
+    return ProgramSet(maps, iterators, links)
+
+
+class _Rodata(ctypes.Structure):
+    """The options of `bpf/maps.h`, in the order in which they stand there."""
+
+    _fields_ = (
+        ("controller", ctypes.c_uint32),
+        ("hierarchy", ctypes.c_int32),
+        ("quota", ctypes.c_uint32),
+        ("host_mounts", ctypes.c_uint32),
+        ("slices", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+        ("limit_ns", ctypes.c_uint64),
+        ("parents", ctypes.c_uint32),
+        ("parent_hash", ctypes.c_uint64 * layout.PARENTS),
+    )
+
+
+def _set_options(data: ctypes.Array[ctypes.c_char], options: Options, *, slices: bool) -> None:
+    if ctypes.sizeof(data) != ctypes.sizeof(_Rodata):
+        raise bpf.BpfError(f"the BPF object's options are {ctypes.sizeof(data)} bytes long")
+    hierarchy = options.hierarchy
+    rodata = _Rodata.from_buffer(data)
+    rodata.controller = controller(hierarchy)
+    rodata.hierarchy = hierarchy_id(hierarchy)
+    rodata.quota = options.quota
+    rodata.host_mounts = _host_mounts()
+    rodata.slices = slices
+    rodata.seed = secrets.randbits(64)
+    rodata.limit_ns = int(options.limit_percent * 10_000_000)
+    rodata.parents = len(options.parents)
+    for index, parent in enumerate(options.parents):
+        rodata.parent_hash[index] = layout.path_hash(os.fsencode(parent))
+
+
+def _host_mounts() -> int:
+    """Number of the host's mount namespace: that of PID 1, or ours where that is hidden."""
+    try:
+        return Path("/proc/1/ns/mnt").stat().st_ino
+    except PermissionError:
+        return Path("/proc/self/ns/mnt").stat().st_ino
+
+
+def controller(hierarchy: Hierarchy) -> int:
+    """Number of the tree for the kernel side. Raises BpfError for one it cannot account."""
+    if hierarchy.version == 2:
+        return layout.CONTROLLERS["v2"]
+    for name in hierarchy.controllers:
+        if name in layout.CONTROLLERS:
+            return layout.CONTROLLERS[name]
+    raise bpf.BpfError(f"cgroup v1 tree {hierarchy.name}: has no controller to account by")
+
+
+def hierarchy_id(hierarchy: Hierarchy) -> int:
+    """The kernel's number of the tree, the first field of /proc/self/cgroup (cgroups(7))."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        number, controllers, _ = line.split(":", 2)
+        if controllers == ",".join(hierarchy.controllers):
+            return int(number)
+    raise bpf.BpfError(f"cgroup tree {hierarchy.name}: not in /proc/self/cgroup")
+
+
+def possible_cpus() -> int:
+    """How many CPUs the kernel has room for: per-CPU maps have that many values."""
+    text = Path("/sys/devices/system/cpu/possible").read_text(encoding="ascii")
+    return int(text.strip().split(",")[-1].split("-")[-1]) + 1
+
+
+class _PerfEventAttr(ctypes.Structure):  # perf_event_open(2), first published version
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("config", ctypes.c_uint64),
+        ("room", ctypes.c_uint64 * 6),
+    )
+
+
+_PERF_EVENT_OPEN: Final = {"x86_64": 298, "aarch64": 241, "ppc64le": 319, "s390x": 331}
+_PERF_TYPE_SOFTWARE: Final = 1
+_PERF_FLAG_FD_CLOEXEC: Final = 8
+
+
+def _open_clocks(clocks: bpf.Map) -> None:
+    """Put each CPU's clock counter into the map, which keeps it from then on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = _PERF_EVENT_OPEN[os.uname().machine]
+    attributes = _PerfEventAttr(type=_PERF_TYPE_SOFTWARE, size=ctypes.sizeof(_PerfEventAttr))
+    for cpu in range(possible_cpus()):
+        fd = libc.syscall(number, ctypes.byref(attributes), -1, cpu, -1, _PERF_FLAG_FD_CLOEXEC)
+        if fd < 0:
+            continue  # offline: splits on it will be counted as uncertain
+        try:
+            clocks.update(layout.U32.pack(cpu), layout.U32.pack(fd))
+        finally:
+            os.close(fd)
+
+
+def _calibrate(program_fd: int, rounds: int = 4) -> None:
+    """Let every CPU switch a few times while the calibrating program is attached."""
+    link = bpf.attach_raw_tracepoint("sched_switch", program_fd)
+    try:
+        allowed = os.sched_getaffinity(0)
+        try:
+            for cpu in _online_cpus():
+                try:
+                    os.sched_setaffinity(0, {cpu})
+                except OSError:
+                    continue  # not ours to run on; its own switches will do
+                for _ in range(rounds):
+                    time.sleep(0.00005)
+        finally:
+            os.sched_setaffinity(0, allowed)
+    finally:
+        os.close(link)
+
+
+def _online_cpus() -> Iterable[int]:
+    text = Path("/sys/devices/system/cpu/online").read_text(encoding="ascii").strip()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)

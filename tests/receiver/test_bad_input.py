@@ -1,0 +1,335 @@
+"""Whatever is sent: an answer below 500, no traceback, bounded memory, and the rest goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+import batches
+import hostile
+import msgspec
+import pytest
+import receiving
+import requests
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from receiving import HEADERS, TOKEN, Load, Receiver
+
+from sams_ebpf import wire
+from sams_receiver.archive import format as fmt
+
+# A receiver at rest has about 60 MB; the largest batch that may be sent adds its records.
+MEMORY = 400 << 20
+
+
+def _fuzz(folder: Path, bodies: int, connections: int) -> None:
+    limits = {
+        "requests_per_second": 100_000,
+        "burst": 100_000,
+        "failures_per_minute": 10**6,
+        "batch_bytes": 8 << 20,
+    }
+    quotas = {"aside_bytes_per_day": 3 << 20}
+    with Receiver(folder, limits=limits, quotas=quotas).start() as receiver:
+        load = Load(receiver.url, clients=3, seed=10**6)
+        peak = [0]
+        seen: dict[str, set[int]] = {}
+
+        async def one(session: aiohttp.ClientSession, seed: int) -> None:
+            made = hostile.request(seed)
+            headers = {"Authorization": HEADERS["Authorization"], **made.headers}
+            url = f"{receiver.url}{made.path}"
+            with contextlib.suppress(aiohttp.ClientConnectionError):
+                # A refused body may meet a connection that is closed already.
+                async with session.post(
+                    aiohttp.client.URL(url, encoded=True), data=made.body, headers=headers
+                ) as answer:
+                    seen.setdefault(made.what, set()).add(answer.status)
+                    assert answer.status < 500, (seed, made.what, await answer.text())
+
+        async def worker(session: aiohttp.ClientSession, seeds: list[int]) -> None:
+            while seeds:
+                await one(session, seeds.pop())
+                if len(seeds) % 50 == 0:
+                    peak[0] = max(peak[0], receiver.rss())
+
+        async def main() -> None:
+            sending = asyncio.create_task(load.run())
+            seeds = list(range(bodies))
+            async with (
+                aiohttp.ClientSession() as session,
+                asyncio.TaskGroup() as group,
+            ):
+                for _ in range(8):
+                    group.create_task(worker(session, seeds))
+                group.create_task(asyncio.to_thread(_raw, receiver, connections))
+            load.stop()
+            await sending
+
+        asyncio.run(main())
+        peak[0] = max(peak[0], receiver.rss())
+        assert set(seen) == {what for what, _ in hostile._KINDS}
+        assert 413 in seen["bomb"]
+        assert load.statuses.keys() == {200}
+        assert len(load.acknowledged) > 20
+        assert receiving.get(receiver.url, "/healthz")[0] == 200
+        assert peak[0] < MEMORY
+        assert receiver.stop() == 0
+        log = receiver.log.read_text()
+        assert "Traceback" not in log
+        assert all(line.startswith("sams-receiver: ") for line in log.splitlines())
+        receiving.check(receiver.archive, load.acknowledged)
+        verified = subprocess.run(
+            [sys.executable, "-m", "sams_receiver", "archive", "verify", str(receiver.archive)],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert verified.returncode == 0, verified.stdout
+        aside = sum(path.stat().st_size for path in (receiver.archive / "aside").iterdir())
+        assert 0 < aside < 4 << 20
+        print(
+            f"{bodies} bodies, {connections} raw connections, {len(load.acknowledged)} valid"
+            f" batches beside them, peak {peak[0] >> 20} MB, statuses by kind {seen}"
+        )
+
+
+def _raw(receiver: Receiver, connections: int) -> None:
+    for seed in range(connections):
+        with (
+            contextlib.suppress(ConnectionError, TimeoutError),
+            socket.create_connection(("127.0.0.1", receiver.ports[0]), timeout=5) as sock,
+        ):
+            sock.sendall(hostile.raw(seed, TOKEN))
+            sock.shutdown(socket.SHUT_WR)
+            answer = sock.recv(100)
+            assert not answer.startswith(b"HTTP/1.1 5"), (seed, answer)
+
+
+def test_a_thousand_fuzzed_bodies(tmp_path: Path) -> None:
+    _fuzz(tmp_path, 1_000, 100)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_ten_thousand_fuzzed_bodies(tmp_path: Path) -> None:
+    _fuzz(tmp_path, 12_000, 1_000)
+
+
+def test_slow_bodies_and_slow_headers_are_cut_off(tmp_path: Path) -> None:
+    limits = {"body_seconds": 1, "idle_seconds": 1, "connections": 60}
+    with Receiver(tmp_path, limits=limits).start() as receiver:
+        head = (
+            b"POST /v1/batches HTTP/1.1\r\nHost: x\r\nContent-Type: application/msgpack\r\n"
+            b"Authorization: Bearer " + TOKEN.encode() + b"\r\nContent-Length: 5000\r\n"
+        )
+        slow = [socket.create_connection(("127.0.0.1", receiver.ports[0])) for _ in range(40)]
+        for at, sock in enumerate(slow):
+            sock.sendall(head if at % 2 else head + b"\r\n")
+        ended = [False] * len(slow)
+        begin = time.monotonic()
+        while not all(ended):
+            for at, sock in enumerate(slow):
+                if not ended[at]:
+                    ended[at] = _drip(sock)
+            # A valid client is served all the while.
+            answer = requests.post(
+                f"{receiver.url}/v1/batches",
+                batches.encoded(sequence=int(1000 * (time.monotonic() - begin))),
+                headers=HEADERS,
+                timeout=10,
+            )
+            assert answer.status_code in (200, 429)
+            time.sleep(0.1)
+        for sock in slow:
+            sock.close()
+        assert "Traceback" not in receiver.log.read_text()
+
+
+def _drip(sock: socket.socket) -> bool:
+    """Send one byte more; True when the other side has had enough."""
+    sock.settimeout(0.01)
+    try:
+        sock.sendall(b"x")
+        answer = sock.recv(1000)
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    assert not answer or b"408" in answer.splitlines()[0]
+    return True
+
+
+def test_more_connections_than_allowed_are_closed_and_the_rest_served(tmp_path: Path) -> None:
+    limits = {"connections": 20}
+    with Receiver(tmp_path, limits=limits).start() as receiver:
+        held = [socket.create_connection(("127.0.0.1", receiver.ports[0])) for _ in range(19)]
+        over = [socket.create_connection(("127.0.0.1", receiver.ports[0])) for _ in range(30)]
+        for sock in held + over:
+            sock.settimeout(5)
+        closed = 0
+        for sock in over:
+            try:
+                sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                closed += sock.recv(100) == b""
+            except ConnectionError:
+                closed += 1
+        assert 0 < closed <= len(over)
+        held[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert held[0].recv(100).startswith(b"HTTP/1.1 200")
+        for sock in held + over:
+            sock.close()
+
+
+def test_100_000_records_are_taken(tmp_path: Path) -> None:
+    with Receiver(tmp_path).start() as receiver:
+        body = batches.encoded(records=100_000)
+        packed = fmt.compress([body])
+        for data, headers in ((body, HEADERS), (packed, HEADERS | {"Content-Encoding": "zstd"})):
+            answer = requests.post(f"{receiver.url}/v1/batches", data, headers=headers, timeout=60)
+            assert answer.status_code == 200, answer.text
+        assert len(receiving.stored(receiver.archive)) == 1
+        print(f"{len(body)} bytes, {len(packed)} compressed, {receiver.rss() >> 20} MB resident")
+
+
+def test_statuses_mean_what_they_say(tmp_path: Path) -> None:
+    limits = {"body_bytes": 20_000, "batch_bytes": 30_000}
+    with Receiver(tmp_path, limits=limits).start() as receiver:
+        url = f"{receiver.url}/v1/batches"
+        good = batches.encoded()
+
+        def post(body: bytes, **headers: str) -> tuple[int, str]:
+            answer = requests.post(
+                url, body, headers=HEADERS | {k.replace("_", "-"): v for k, v in headers.items()},
+                timeout=10,
+            )  # fmt: skip
+            assert answer.headers["Content-Type"] == "application/json"
+            return answer.status_code, answer.json()["error"]
+
+        assert post(good, Content_Type="text/plain")[0] == 415
+        assert post(good, Content_Encoding="gzip")[0] == 415
+        assert post(bytes(20_001))[0] == 413
+        assert post(fmt.compress([bytes(40_000)]), Content_Encoding="zstd")[0] == 413
+        assert post(b"")[0] == 400
+        assert post(b"\xc0") == (400, "not a batch: Expected `object`, got `None`")
+        document = wire.to_plain(good)
+        document["critical"] = ["joules"]
+        status, reason = post(msgspec.msgpack.encode(document))
+        assert status == 400
+        assert "upgrade" in reason
+        assert requests.get(url, timeout=10).status_code == 405
+        assert requests.post(f"{receiver.url}/nothing", timeout=10).status_code == 404
+        answer = requests.post(url, good, headers={"Content-Type": HEADERS["Content-Type"]},
+                               timeout=10)  # fmt: skip
+        assert answer.status_code == 401
+        assert "Basic" in answer.headers["WWW-Authenticate"]
+        assert receiving.stored(receiver.archive) == []
+
+
+def test_upstreams_json(tmp_path: Path) -> None:
+    with Receiver(tmp_path, cluster="c1").start() as receiver:
+        body = (
+            b'{"sams.sampler.Core": {"jobid": 1005, "node": "n1"},'
+            b' "sams.sampler.Software": {"execs": {"/bin/x": {"user": 1.5, "system": 0.25}}}}'
+        )
+        auth = {"Authorization": HEADERS["Authorization"]}
+        url = f"{receiver.url}/1005/1005.n1.json"
+        for status in ("stored", "duplicate"):
+            answer = requests.post(url, body, headers=auth, timeout=10)
+            assert (answer.status_code, answer.json()) == (200, {"status": status})
+        assert requests.post(url, body + b" ", headers=auth, timeout=10).json() == {
+            "status": "stored"
+        }
+        assert requests.post(url.replace("/1005/", "/1006/"), body, headers=auth,
+                             timeout=10).status_code == 400  # fmt: skip
+        assert requests.post(url, body, timeout=10).status_code == 401
+        receiver.stop()
+        shown = subprocess.run(
+            [sys.executable, "-m", "sams_receiver", "archive", "cat", "--job", "1005",
+             str(receiver.archive)],
+            check=True, capture_output=True, text=True,
+        ).stdout.splitlines()  # fmt: skip
+        assert len(shown) == 2
+        assert '"kind": "upstream-json"' in shown[0]
+        assert '"cluster": "c1"' in shown[0]
+
+
+# -- the decoder by itself -------------------------------------------------------------
+
+
+def _decode(data: bytes) -> None:
+    """What the receiver does with a body, up to the store."""
+    with contextlib.suppress(wire.WireError):
+        header = wire.check(data)
+        tag = fmt.batch_tag(header, data)
+        assert fmt.tag_of(fmt.Kind.COUNTERS, data) == tag
+
+
+_leaf = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=9),
+    st.binary(max_size=20),
+)  # fmt: skip
+_tree = st.recursive(
+    _leaf,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=12,
+)
+
+
+@given(
+    st.integers(0, 2**32),
+    st.dictionaries(st.sampled_from(wire.Batch.__struct_fields__), _tree, max_size=3),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_value_at_any_key_is_read_or_refused(seed: int, changes: dict[str, object]) -> None:
+    document = hostile._plain(random.Random(seed)) | changes
+    _decode(msgspec.msgpack.encode(document))
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=500, deadline=None)
+def test_a_mutated_body_is_read_or_refused(seed: int) -> None:
+    _decode(hostile.mutated(random.Random(seed)))
+
+
+@given(st.binary(max_size=400), st.integers(1, 5000))
+@settings(max_examples=500, deadline=None)
+def test_decompression_is_bounded_whatever_it_is_fed(data: bytes, limit: int) -> None:
+    magic = b"\x28\xb5\x2f\xfd"
+    for body in (data, magic + data, fmt.compress([data])[:-3] + data):
+        out, _ = fmt.salvage(body, limit)
+        assert len(out) <= limit
+
+
+def _guided(runs: int, folder: Path) -> str:
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for seed in range(40):
+        (corpus / str(seed)).write_bytes(hostile._valid(random.Random(seed)))
+    # Its address space is bounded: an input that makes the decoder allocate much ends it.
+    done = subprocess.run(
+        ["prlimit", f"--as={3 << 30}", sys.executable,
+         str(Path(__file__).with_name("fuzz_decoder.py")), str(corpus),
+         f"-atheris_runs={runs}", f"-artifact_prefix={folder}/", "-max_len=4096",
+         "-rss_limit_mb=0"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def test_coverage_guided_fuzzing_of_the_decoder(tmp_path: Path) -> None:
+    output = _guided(20_000, tmp_path)
+    assert "Done 20000" in output
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_coverage_guided_fuzzing_of_the_decoder_for_long(tmp_path: Path) -> None:
+    output = _guided(1_000_000, tmp_path)
+    assert "Done 1000000" in output

@@ -1,0 +1,76 @@
+"""A node as a whole: its units, many jobs at once, jobs whose cgroup comes and goes."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from testbed import USER, wait_for
+from testbed.product import BIN, HOOKS
+from testbed.site import WORK, Site, printed
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+
+# Exposure levels of systemd-analyze (0 nothing, 10 everything), the bar for each unit.
+LEVELS = {
+    "sams-ebpf@1.service": 4.0,
+    "sams-ebpf-load.service": 4.0,
+    "sams-ebpf-ship.service": 2.5,
+}
+
+
+@pytest.mark.parametrize("unit", LEVELS)
+def test_units_are_hardened(node: Site, unit: str) -> None:
+    shown = node.machine.run(["systemd-analyze", "security", "--no-pager", unit], check=False)
+    level = re.search(r"Overall exposure level for \S+ ([\d.]+)", shown.stdout)
+    assert level is not None, shown.stderr
+    assert float(level[1]) <= LEVELS[unit], shown.stdout
+
+
+@pytest.mark.parametrize("unit", LEVELS)
+def test_systemd_understands_every_line(node: Site, unit: str) -> None:
+    shown = node.machine.run(["systemd-analyze", "verify", unit], check=False)
+    assert [line for line in shown.stderr.splitlines() if "sams-ebpf" in line] == []
+
+
+def test_sixty_four_jobs_at_once(node: Site) -> None:
+    """Released in one moment; each is whole, and apart from the others."""
+    count = 64
+    script = f"#!/bin/bash\nexec {WORK} short=10 burn=20\n"
+    words = ("-o", "/tmp/out-%A", "--mem=10", "--hold")
+    with ThreadPoolExecutor(8) as pool:
+        submitted = [pool.submit(node.slurm.sbatch, script, *words) for _ in range(count)]
+        jobs = [one.result() for one in submitted]
+    node.machine.run(["scontrol", "release", ",".join(map(str, jobs))])
+    node.slurm.wait(*jobs, seconds=120)
+    node.wait_final(*jobs, seconds=60)
+    for job in jobs:
+        run, figures = node.one(job), node.output(job)
+        assert run.execs(f"{BIN}/short") == figures["short"] == 10, node.report(job)
+        assert run.execs(f"{BIN}/work") == run.execs(f"{BIN}/burn") == 1
+        truth = figures["cpu_us"] * 1000
+        assert abs(run.cpu_ns(f"{BIN}/") - truth) <= max(truth * 0.005, 5_000_000)
+        assert len(run.finals) == 1
+    assert node.units() == []
+    assert node.job_folders() == []
+    assert node.status()["programs"]["slots_used"] == 0
+
+
+def test_steps_between_which_the_cgroup_goes(site: Site) -> None:
+    """`salloc` without Contain: the job's cgroup lives as long as each step."""
+    site.slurm.start(contain=False, prolog=f"{HOOKS}/prolog.sh", epilog=f"{HOOKS}/epilog.sh")
+    steps = f"{WORK} short=10 burn=50; sleep 0.3; {WORK} short=20 burn=80"
+    command = f"srun {steps.replace('; ' + WORK, '; srun ' + WORK)}"
+    done = site.machine.run(["salloc", "-n1", "/bin/bash", "-c", command], user=USER)
+    job = int(re.findall(r"job allocation (\d+)", done.stderr)[0])
+    figures = [printed(line) for line in done.stdout.splitlines()]
+    assert [one["short"] for one in figures] == [10, 20]
+    run = site.one(job)
+    assert run.execs(f"{BIN}/short") == 30, site.report(job)
+    truth = sum(one["cpu_us"] for one in figures) * 1000
+    assert abs(run.cpu_ns(f"{BIN}/") - truth) <= max(truth * 0.005, 5_000_000)
+    assert len(run.finals) == 1
+    wait_for("no job cgroups", lambda: not site.job_cgroups())
+    assert site.units() == []
+    assert site.status()["programs"]["slots_used"] == 0

@@ -214,41 +214,65 @@ static __always_inline u64 mix(u64 hash, u64 word)
 	return hash ^ (hash >> 32);
 }
 
+/* The words of one path, or of two, from where it begins to its end. */
+struct words {
+	u64 *a;
+	u64 *b;
+	u64 sum;
+	u32 first;
+};
+
+static long hash_next(u32 i, struct words *words)
+{
+	u32 word = words->first + i;
+
+	if (word >= WORDS)
+		return 1;
+	barrier_var(word); /* or clang turns the mask into a pointer that the verifier loses */
+	words->sum = mix(words->sum, words->a[word & (WORDS - 1)]);
+	return 0;
+}
+
+static long compare_next(u32 i, struct words *words)
+{
+	u32 word = words->first + i;
+
+	if (word >= WORDS)
+		return 1;
+	barrier_var(word);
+	words->sum = words->a[word & (WORDS - 1)] ^ words->b[word & (WORDS - 1)];
+	return words->sum != 0;
+}
+
 /* Hash of flags and path; zeroes what stands before the path in its first word. */
 static __always_inline u64 hash_of(struct sams_name *name)
 {
-	u32 at = SAMS_PATH_MAX - name->length, word = at / 8, before = at % 8 * 8, i;
-	u64 hash = mix(option_seed, name->flags);
-	u64 *words = (u64 *)name->path;
+	u32 at = SAMS_PATH_MAX - name->length, word = at / 8, before = at % 8 * 8;
+	struct words words = {
+		.a = (u64 *)name->path,
+		.sum = mix(option_seed, name->flags),
+		.first = word,
+	};
 
+	barrier_var(word);
 	if (word < WORDS) /* BPF on a big-endian host would shift the other way: see the build */
-		words[word] = words[word] >> before << before;
-	for (i = 0; i < WORDS; i++) {
-		if (word >= WORDS)
-			break;
-		barrier_var(word); /* or clang turns the mask into a pointer that the verifier loses */
-		hash = mix(hash, words[word & (WORDS - 1)]);
-		word++;
-	}
-	return hash ? hash : 1;
+		words.a[word & (WORDS - 1)] = words.a[word & (WORDS - 1)] >> before << before;
+	REPEAT(WORDS, hash_next, words);
+	return words.sum ? words.sum : 1;
 }
 
 static __always_inline int same_name(struct sams_name *a, struct sams_name *b)
 {
-	u32 word = (SAMS_PATH_MAX - a->length) / 8, i;
-	u64 *x = (u64 *)a->path, *y = (u64 *)b->path;
+	struct words words = {
+		.a = (u64 *)a->path,
+		.b = (u64 *)b->path,
+		.first = (SAMS_PATH_MAX - a->length) / 8,
+	};
 
 	if (a->length != b->length || a->flags != b->flags)
 		return 0;
-	for (i = 0; i < WORDS; i++) {
-		if (word >= WORDS)
-			break;
-		barrier_var(word);
-		if (x[word & (WORDS - 1)] != y[word & (WORDS - 1)])
-			return 0;
-		word++;
-	}
-	return 1;
+	REPEAT(WORDS, compare_next, words);
+	return !words.sum;
 }
 
 /* A new row among the slot's totals: its index, or SAMS_OVERFLOW. */
@@ -710,11 +734,12 @@ static __always_inline void move(struct task_struct *task, struct sams_slot *to,
 		drop_task(key, from);
 }
 
-/* A move of a whole group is one event: walk its threads. */
+/* A move of a whole group is one event: walk its threads. Else it is of one thread. */
 struct walk {
 	u64 at;
 	u64 head;
 	u32 slot_id;
+	u32 group;
 };
 
 static long move_next(u32 i __attribute__((unused)), struct walk *walk)
@@ -722,7 +747,7 @@ static long move_next(u32 i __attribute__((unused)), struct walk *walk)
 	if (!walk->at || walk->at == walk->head)
 		return 1;
 	move(container((void *)walk->at, struct task_struct, thread_node),
-	     walk->slot_id ? slot_of(walk->slot_id) : 0, 1);
+	     walk->slot_id ? slot_of(walk->slot_id) : 0, walk->group);
 	walk->at = (u64)READ((struct list_head *)walk->at, next);
 	return 0;
 }
@@ -745,18 +770,16 @@ PROGRAM(on_attach, "cgroup_attach_task")
 	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup_id);
 	if (id)
 		walk.slot_id = *id;
-	if (!ARG(3)) {
-		move(task, walk.slot_id ? slot_of(walk.slot_id) : 0, 0);
-	} else {
-		walk.head = (u64)READ(task, signal) +
-			    bpf_core_field_offset(struct signal_struct, thread_head);
-		walk.at = (u64)READ((struct list_head *)walk.head, next);
-		REPEAT(SAMS_GROUP_THREADS, move_next, walk);
-		if (walk.at != walk.head && walk.slot_id) {
-			slot = slot_of(walk.slot_id);
-			if (slot)
-				lose(slot, SAMS_LOST_THREADS);
-		}
+	walk.group = ARG(3) & 1;
+	walk.head = (u64)READ(task, signal) +
+		    bpf_core_field_offset(struct signal_struct, thread_head);
+	walk.at = walk.group ? (u64)READ((struct list_head *)walk.head, next) :
+			       (u64)task + bpf_core_field_offset(struct task_struct, thread_node);
+	REPEAT(walk.group ? SAMS_GROUP_THREADS : 1, move_next, walk);
+	if (walk.group && walk.at != walk.head && walk.slot_id) {
+		slot = slot_of(walk.slot_id);
+		if (slot)
+			lose(slot, SAMS_LOST_THREADS);
 	}
 	leave(begin);
 	return 0;
@@ -815,21 +838,31 @@ static __always_inline u32 parent_length(const char *path, u32 slash)
 	return slash;
 }
 
-/*
- * FNV-1a, as `path_hash` in sams_ebpf/layout.py. The sum is kept in memory, where the
- * verifier does not follow it: it would else check what follows once per length.
- */
-static __always_inline u64 hash_path(const char *path, u32 length, volatile u64 *sum)
-{
-	u32 i;
+/* A cgroup's path, a byte at a time: its hash, and where its last slash stands. */
+struct letters {
+	const char *path;
+	u64 sum;
+	u32 length;
+	u32 slash;
+};
 
-	*sum = 0xcbf29ce484222325ULL;
-	for (i = 0; i < SAMS_CGROUP_PATH; i++) {
-		if (i >= length)
-			break;
-		*sum = (*sum ^ (u8)path[i]) * 0x100000001b3ULL;
-	}
-	return *sum;
+static long letter_next(u32 i, struct letters *letters)
+{
+	if (i >= letters->length || i >= SAMS_CGROUP_PATH)
+		return 1;
+	if (letters->path[i] == '/')
+		letters->slash = i;
+	letters->sum = (letters->sum ^ (u8)letters->path[i]) * 0x100000001b3ULL;
+	return 0;
+}
+
+/* FNV-1a, as `path_hash` in sams_ebpf/layout.py; leaves the last slash in `letters`. */
+static __always_inline u64 hash_path(struct letters *letters, u32 length)
+{
+	letters->sum = 0xcbf29ce484222325ULL;
+	letters->length = length;
+	REPEAT(SAMS_CGROUP_PATH, letter_next, *letters);
+	return letters->sum;
 }
 
 static __always_inline int is_parent(u64 hash)
@@ -891,9 +924,10 @@ static __always_inline struct cgroup *enclosing(struct cgroup *cgroup)
 
 static __always_inline void new_cgroup(struct cgroup *cgroup, const char *kernel_path)
 {
-	u32 which = SCRATCH_NEW, slash, length, i, *known;
+	u32 which = SCRATCH_NEW, slash, *known;
 	u64 id = cgroup_kernfs_id(cgroup), parent_id, hash;
 	struct cgroup *parent = enclosing(cgroup);
+	struct letters letters = {};
 	struct sams_slot *slot;
 	struct sams_name *room;
 	char *path;
@@ -916,18 +950,11 @@ static __always_inline void new_cgroup(struct cgroup *cgroup, const char *kernel
 	size = bpf_probe_read_kernel_str(path, SAMS_CGROUP_PATH, kernel_path);
 	if (size < 2 || size > SAMS_CGROUP_PATH - 1)
 		return; /* too long to be a job's */
-	length = size - 1;
-	room->length = 0;
-	for (i = 0; i < SAMS_CGROUP_PATH; i++) {
-		if (i >= length)
-			break;
-		if (path[i] == '/')
-			*(volatile u32 *)&room->length = i;
-	}
-	slash = *(volatile u32 *)&room->length;
+	letters.path = path;
+	hash = hash_path(&letters, size - 1);
+	slash = letters.slash;
 	if (slash > SAMS_CGROUP_PATH - 20)
 		return;
-	hash = hash_path(path, length, (u64 *)room->script);
 	known = bpf_map_lookup_elem(MAP(jobs), &hash);
 	if (known) {
 		/* The cgroup of a job that is known already: removed between steps, made again. */
@@ -935,7 +962,7 @@ static __always_inline void new_cgroup(struct cgroup *cgroup, const char *kernel
 	} else {
 		if (!is_job_name(path + slash + 1) || (u32)bpf_get_current_uid_gid())
 			return;
-		if (!is_parent(hash_path(path, parent_length(path, slash), (u64 *)room->script)))
+		if (!is_parent(hash_path(&letters, parent_length(path, slash))))
 			return;
 		slot = new_slot(path, hash);
 	}

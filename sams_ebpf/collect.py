@@ -60,7 +60,8 @@ class Collector:
         self._instance = instance
         self._cgroup = cgroup
         names = [name for name in (f"job_{claims.job_id}", claims.sluid) if name]
-        self._opener = Opener(site, [] if cgroup is not None else names)
+        named = None if cgroup is None else cgroups.resolve(cgroup)
+        self._opener = Opener(site, names, named)
         if self._opener.choice.reason:
             _log.warning("mode %s: %s", self._opener.choice.mode, self._opener.choice.reason)
 

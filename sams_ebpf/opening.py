@@ -19,7 +19,7 @@ from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Attempt, Choice
 from sams_ebpf.procfs import ProcMeter
-from sams_ebpf.programs import Options, ProgramSet
+from sams_ebpf.programs import ProgramSet
 from sams_ebpf.tracing import BpfMeter
 
 # How long a job's earlier collector, told to end, may take for its last batch.
@@ -28,25 +28,26 @@ HANDOVER_S: Final = 10.0
 _log = logging.getLogger(__name__)
 
 
-def options(site: config.Config) -> Options:
-    """Give what a site's programs are loaded with."""
-    hierarchy = meters.tree_of_jobs(site.collector.cgroup_tree)
-    return meters.options_of(site.collector, hierarchy, site.site.node_name())
-
-
 class Opener:
     """Finds out once what this host can do, then opens meters for one job.
 
-    names: last parts of the path that the job's cgroup can have. Raises NotPossibleError
-    where the mode that was asked for cannot be had.
+    names: last parts of the path that the job's cgroup can have. cgroup: the one that was
+    named instead. Raises NotPossibleError where the mode asked for cannot be had.
     """
 
-    def __init__(self, site: config.Config, names: Sequence[str]) -> None:
-        self._site = site
+    def __init__(
+        self, site: config.Config, names: Sequence[str], cgroup: Cgroup | None = None
+    ) -> None:
         self._names = [name.encode() for name in names]
+        self._site = site
         self.hierarchies = cgroups.mounted()
-        self._loader: host.Loader = "libbpf"
         settings = site.collector
+        self._tree = (
+            meters.tree_of_jobs(settings.cgroup_tree) if cgroup is None else cgroup.hierarchy
+        )
+        self._options = meters.options_of(settings, self._tree, site.site.node_name())
+        self._cgroup = cgroup
+        self._loader: host.Loader = "libbpf"
         self.choice: Choice = probe.decide(self._load, mode=settings.mode, loader=settings.loader)
 
     @property
@@ -55,12 +56,12 @@ class Opener:
         return self.choice.mode == "bpf"
 
     def _load(self, loader: host.Loader) -> Attempt:
-        self._loader = loader
         try:
             with pins.lock():
-                pins.load(options(self._site), loader, stay=False).close()
+                pins.load(self._options, loader, stay=False).close()
         except (bpf.BpfError, NotPossibleError) as error:
             return Attempt(loader, False, str(error))
+        self._loader = loader
         return Attempt(loader, True, "loaded, or found pinned")
 
     def sampled(self, found: Sequence[Cgroup], instance: str) -> ProcMeter:
@@ -93,7 +94,7 @@ class Opener:
         """Take a slot by hand for a cgroup that the kernel side did not recognise."""
         with pins.lock():
             # Once more: a set without jobs that is not to stay may be gone by now.
-            used = pins.load(options(self._site), self._loader, stay=False)
+            used = pins.load(self._options, self._loader, stay=False)
             return self._meter(used, slots.take(used, cgroup), cgroup)
 
     def _meter(self, used: ProgramSet, slot: layout.Slot, cgroup: Cgroup | None = None) -> BpfMeter:
@@ -108,15 +109,23 @@ class Opener:
             except bpf.BpfError as error:
                 _log.warning("%s; passed over", error)
                 continue
-            found = [s for s in slots.used(used) if s.path.rpartition(b"/")[2] in self._names]
+            found = [slot for slot in slots.used(used) if self._is_ours(folder, slot)]
             yield from ((used, slot) for slot in found)
+            if not found:
+                used.close()
+
+    def _is_ours(self, folder: Path, slot: layout.Slot) -> bool:
+        if self._cgroup is not None:
+            same_tree = pins.is_of(folder, self._tree)
+            return same_tree and slot.path == slots.kernel_path(self._cgroup)
+        return slot.path.rpartition(b"/")[2] in self._names
 
     def _place(self, path: str) -> Cgroup:
         """Find where a path of the kernel's is mounted; it need not be there any more.
 
         Inside a cgroup namespace the first parts of the path are not to be seen.
         """
-        hierarchy = meters.tree_of_jobs(self._site.collector.cgroup_tree)
+        hierarchy = self._tree
         path = path.removeprefix(hierarchy.root.rstrip("/"))
         short = path
         while short.count("/") > 1:

@@ -115,7 +115,7 @@ def load(
     stay: until `unload`, not only while there are jobs. A set of another ABI takes no
     new jobs from now on.
     """
-    found = find(options, root)
+    found = find(options, root) or (None if stay else _standing(options.hierarchy, root))
     if found is None:
         found = programs.load(options, loader)
         pin_set(found, programs.abi(options), root)
@@ -124,6 +124,18 @@ def load(
     if stay:
         close_others(programs.abi(options), root)
     return found
+
+
+def _standing(hierarchy: Hierarchy, root: Path) -> ProgramSet | None:
+    """Open the set that was loaded to stay and accounts this tree, whatever its options."""
+    for folder in reversed(folders(root)):
+        if is_of(folder, hierarchy):
+            one = open_set(folder)
+            node = one.node()
+            if node.stay and not node.closed:
+                return one
+            one.close()
+    return None
 
 
 def close_others(name: str, root: Path = ROOT) -> None:

@@ -14,7 +14,6 @@ from sams_ebpf.programs import ProgramSet
 
 _OVERFLOW: Final = layout.Name(wire.OVERFLOW, b"", b"")
 _OVERFLOW_OUTSIDE: Final = layout.Name(wire.OVERFLOW | wire.OUTSIDE, b"", b"")
-_NOBODY: Final = bytes(layout.Total.FORMAT.size)
 
 
 class BpfMeter:

@@ -5,6 +5,8 @@ PYTEST := $(BIN)/pytest
 
 APT_BUILD := clang llvm libbpf-dev libbpf1 make python3-venv
 APT_TEST  := gcc libc6-dev
+# The receiver: a real proxy, certificates, a file system whose power can be cut.
+APT_TEST  += nginx-light openssl e2fsprogs
 # The testbed: systemd and Slurm in namespaces of their own.
 APT_TEST  += systemd dbus iproute2 util-linux slurmctld slurmd slurm-client munge
 APT_TEST  += iptables iproute2 openssl util-linux
@@ -56,3 +58,7 @@ apt-bench:
 	$(call apt,$(APT_BENCH))
 bench: setup apt-test apt-bench bpf-objects
 	PYTHONPATH=tests/support $(BIN)/python -m bench $(BENCH)
+
+## soak     the long repetitions: hours, and to be run before a release
+soak: setup apt-test bpf-objects
+	$(PYTEST) -m soak --timeout 3600

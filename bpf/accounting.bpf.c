@@ -193,41 +193,65 @@ static __always_inline u64 mix(u64 hash, u64 word)
 	return hash ^ (hash >> 32);
 }
 
+/* The words of one path, or of two, from where it begins to its end. */
+struct words {
+	u64 *a;
+	u64 *b;
+	u64 sum;
+	u32 first;
+};
+
+static long hash_next(u32 i, struct words *words)
+{
+	u32 word = words->first + i;
+
+	if (word >= WORDS)
+		return 1;
+	barrier_var(word); /* or clang turns the mask into a pointer that the verifier loses */
+	words->sum = mix(words->sum, words->a[word & (WORDS - 1)]);
+	return 0;
+}
+
+static long compare_next(u32 i, struct words *words)
+{
+	u32 word = words->first + i;
+
+	if (word >= WORDS)
+		return 1;
+	barrier_var(word);
+	words->sum = words->a[word & (WORDS - 1)] ^ words->b[word & (WORDS - 1)];
+	return words->sum != 0;
+}
+
 /* Hash of flags and path; zeroes what stands before the path in its first word. */
 static __always_inline u64 hash_of(struct sams_name *name)
 {
-	u32 at = SAMS_PATH_MAX - name->length, word = at / 8, before = at % 8 * 8, i;
-	u64 hash = mix(option_seed, name->flags);
-	u64 *words = (u64 *)name->path;
+	u32 at = SAMS_PATH_MAX - name->length, word = at / 8, before = at % 8 * 8;
+	struct words words = {
+		.a = (u64 *)name->path,
+		.sum = mix(option_seed, name->flags),
+		.first = word,
+	};
 
+	barrier_var(word);
 	if (word < WORDS) /* BPF on a big-endian host would shift the other way: see the build */
-		words[word] = words[word] >> before << before;
-	for (i = 0; i < WORDS; i++) {
-		if (word >= WORDS)
-			break;
-		barrier_var(word); /* or clang turns the mask into a pointer that the verifier loses */
-		hash = mix(hash, words[word & (WORDS - 1)]);
-		word++;
-	}
-	return hash ? hash : 1;
+		words.a[word & (WORDS - 1)] = words.a[word & (WORDS - 1)] >> before << before;
+	REPEAT(WORDS, hash_next, words);
+	return words.sum ? words.sum : 1;
 }
 
 static __always_inline int same_name(struct sams_name *a, struct sams_name *b)
 {
-	u32 word = (SAMS_PATH_MAX - a->length) / 8, i;
-	u64 *x = (u64 *)a->path, *y = (u64 *)b->path;
+	struct words words = {
+		.a = (u64 *)a->path,
+		.b = (u64 *)b->path,
+		.first = (SAMS_PATH_MAX - a->length) / 8,
+	};
 
 	if (a->length != b->length || a->flags != b->flags)
 		return 0;
-	for (i = 0; i < WORDS; i++) {
-		if (word >= WORDS)
-			break;
-		barrier_var(word);
-		if (x[word & (WORDS - 1)] != y[word & (WORDS - 1)])
-			return 0;
-		word++;
-	}
-	return 1;
+	REPEAT(WORDS, compare_next, words);
+	return !words.sum;
 }
 
 /* A new row among the slot's totals: its index, or SAMS_OVERFLOW. */

@@ -25,7 +25,7 @@ from sams_ebpf.programs import Options, ProgramSet
 
 ROOT: Final = Path("/sys/fs/bpf/sams-ebpf")
 LOCK: Final = Path("/run/sams-ebpf/lock")
-_UNFINISHED: Final = ".new"
+_UNFINISHED: Final = "-new"  # no dot: bpffs refuses those
 
 
 @contextlib.contextmanager
@@ -46,7 +46,9 @@ def lock(path: Path = LOCK) -> Iterator[None]:
 def folders(root: Path = ROOT) -> list[Path]:
     """List the pinned sets, oldest first."""
     try:
-        found = [path for path in root.iterdir() if path.is_dir() and path.suffix != _UNFINISHED]
+        found = [
+            path for path in root.iterdir() if path.is_dir() and not path.name.endswith(_UNFINISHED)
+        ]
     except FileNotFoundError:
         return []
     return sorted(found, key=lambda path: path.stat().st_ctime_ns)
@@ -113,7 +115,7 @@ def load(
     stay: until `unload`, not only while there are jobs. A set of another ABI takes no
     new jobs from now on.
     """
-    found = find(options, root)
+    found = find(options, root) or (None if stay else _standing(options.hierarchy, root))
     if found is None:
         found = programs.load(options, loader)
         pin_set(found, programs.abi(options), root)
@@ -122,6 +124,18 @@ def load(
     if stay:
         close_others(programs.abi(options), root)
     return found
+
+
+def _standing(hierarchy: Hierarchy, root: Path) -> ProgramSet | None:
+    """Open the set that was loaded to stay and accounts this tree, whatever its options."""
+    for folder in reversed(folders(root)):
+        if is_of(folder, hierarchy):
+            one = open_set(folder)
+            node = one.node()
+            if node.stay and not node.closed:
+                return one
+            one.close()
+    return None
 
 
 def close_others(name: str, root: Path = ROOT) -> None:

@@ -68,8 +68,8 @@ def claim(programs: ProgramSet, slot: layout.Slot) -> layout.Claim:
 def take(programs: ProgramSet, cgroup: Cgroup) -> layout.Slot:
     """Take a slot for a cgroup, with what is in it already.
 
-    Raises NotPossibleError if none is left. The cgroup's CPU so far, less what its live tasks will be charged, is kept in the
-    claim as `before_ns`.
+    Raises NotPossibleError if none is left. The cgroup's CPU so far, less what its live
+    tasks will be charged, is kept in the claim as `before_ns`.
     """
     index = programs.maps["free_slots"].pop()
     if index is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 from sams_ebpf import account, bpf, cgroups, layout, slots, wire
@@ -36,6 +36,7 @@ class BpfMeter:
     ) -> None:
         self.loader: Literal["libbpf", "bcc"] | None = programs.loader
         self.epoch = slot.epoch
+        self.path = slot.path
         self._programs = programs
         self._id = slot.id
         self._counter = cgroups.counter(cgroup, cgroups.mounted()) if cgroup.exists() else cgroup
@@ -79,6 +80,23 @@ class BpfMeter:
             last_ns=now_ns,
             last_read_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         )
+
+    def look(self, found: Sequence[Cgroup]) -> None:
+        """Read the counter of the job's cgroup, which may be another than before."""
+        if found and (self._counter is None or found[0].folder != self._counter.folder):
+            counter = cgroups.counter(found[0], cgroups.mounted())
+            self._counter = counter or self._counter
+        self.read_counter()
+        slots.set_claim(self._programs, self._claim)
+
+    def works(self) -> bool:
+        """Tell whether maps can be read and written, and tasks settled, as things are now."""
+        try:
+            self._settle()
+            slots.set_claim(self._programs, self._claim)
+        except (bpf.BpfError, OSError):
+            return False
+        return True
 
     def live(self) -> int:
         """Count the job's live processes, as the kernel side has counted them."""

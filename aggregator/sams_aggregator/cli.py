@@ -162,6 +162,7 @@ def _export(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="N",
         help="sub-folders of N job ids each, as upstream's receiver makes them; 0 for none",
     )
+    parser.add_argument("--cluster", help="of this cluster; needed where there are several")
     parser.set_defaults(handler=later("sams_aggregator.export_sams_json"))
 
 

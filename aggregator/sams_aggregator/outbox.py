@@ -14,9 +14,10 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
@@ -60,7 +61,7 @@ class Source(Protocol):
     """Where runs come from: the facts, or a test."""
 
     def runs(self) -> Iterable[Run]:
-        """Every run that is known, in an order that stays."""
+        """Every run that is known; those with the same id of their record side by side."""
         ...
 
 
@@ -81,20 +82,23 @@ class Proposal(NamedTuple):
     new: bool
 
 
-class Survey(NamedTuple):
-    """All runs, sorted by what can be said of them.
+@dataclass(slots=True)
+class Survey:
+    """How many runs of each kind there are.
 
-    to_send: new or changed. unsendable: ids of records that were sent and of which
-    nothing, or nothing any more, is to be said: the format has no way to take them back.
+    unsendable: ids of records that were sent and of which something else, or nothing any
+    more, is to be said by no record: the format has no way to take them back.
     """
 
-    to_send: list[Proposal]
-    unchanged: int
-    running: int
-    unsettled: int
-    empty: int
-    older: int
-    unsendable: list[str]
+    new: int = 0
+    changed: int = 0
+    partial: int = 0
+    unchanged: int = 0
+    running: int = 0
+    unsettled: int = 0
+    empty: int = 0
+    older: int = 0
+    unsendable: list[str] = field(default_factory=list)
 
 
 class ExtractError(SamsError):
@@ -108,26 +112,27 @@ def survey(
     source: Source,
     names: Mapping[bytes, Software | None],
     sent: Mapping[str, str],
+    send: Callable[[Proposal], None],
     *,
     since_ns: int | None = None,
     remove_less_then: Decimal = sams_xml.REMOVE_LESS_THEN,
 ) -> Survey:
     """Compare what the facts say of each run with what was sent (digests by record id).
 
-    names: software of each path; a path that is not there is undetermined.
+    names: software of each path; a path that is not there is undetermined. send: told of
+    each record that is to go out.
     """
-    to_send: list[Proposal] = []
-    counts = dict.fromkeys(("unchanged", "running", "unsettled", "empty", "older"), 0)
-    said: set[str] = set()
-    waiting: set[str] = set()
-    for identity, runs in _by_record(source.runs()):
+    found = Survey()
+    withdrawn = set(sent)
+    for identity, group in groupby(source.runs(), key=_identity):
+        runs = list(group)
         if any(run.end_ns is None for run in runs):
-            counts["running"] += 1
-            waiting.add(identity)
+            found.running += 1
+            withdrawn.discard(identity)
             continue
         if not all(run.settled for run in runs):
-            counts["unsettled"] += 1
-            waiting.add(identity)
+            found.unsettled += 1
+            withdrawn.discard(identity)
             continue
         record = sams_xml.make_record(
             identity,
@@ -137,28 +142,26 @@ def survey(
             remove_less_then=remove_less_then,
         )
         if record is None:
-            counts["empty"] += 1
+            found.empty += 1
             continue
-        said.add(identity)
+        withdrawn.discard(identity)
         if sent.get(identity) == record.digest:
-            counts["unchanged"] += 1
+            found.unchanged += 1
         elif since_ns is not None and max(run.end_ns or 0 for run in runs) < since_ns:
-            counts["older"] += 1
+            found.older += 1
         else:
-            partial = any(run.partial for run in runs)
-            to_send.append(Proposal(record, partial, identity not in sent))
-    unsendable = sorted(set(sent) - said - waiting)
-    return Survey(to_send, unsendable=unsendable, **counts)
+            proposal = Proposal(record, any(run.partial for run in runs), identity not in sent)
+            found.new += proposal.new
+            found.changed += not proposal.new
+            found.partial += proposal.partial
+            send(proposal)
+    found.unsendable = sorted(withdrawn)
+    return found
 
 
-def _by_record(runs: Iterable[Run]) -> Iterator[tuple[str, list[Run]]]:
-    """Runs by the id of their record. Without start times requeues of a job share one."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        identity = sams_xml.record_id(run.cluster, run.job_id, run.start_text)
-        found.setdefault(identity, []).append(run)
-    for identity in sorted(found):
-        yield identity, found[identity]
+def _identity(run: Run) -> str:
+    """Without start times all requeues of a job share one record."""
+    return sams_xml.record_id(run.cluster, run.job_id, run.start_text)
 
 
 # ------------------------------------------------------------------ outbox
@@ -171,38 +174,29 @@ def sent_digests(state: st.State) -> dict[str, str]:
         return {row[0]: row[1] for row in rows}
 
 
-def put(
-    state: st.State, proposals: Sequence[Proposal], now_ns: int, *, jobs_per_file: int
-) -> list[str]:
-    """Put records into the outbox as files of at most jobs_per_file; gives their names."""
-    names = []
-    rows = []
-    for start in range(0, len(proposals), jobs_per_file):
-        chunk = proposals[start : start + jobs_per_file]
-        body = sams_xml.document([one.record for one in chunk], now_ns // NS)
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now_ns // NS))
-        name = f"{stamp}-{sha256(body).hexdigest()[:16]}.xml"
-        kept = [
-            Remembered(
-                one.record.record_id,
-                one.record.digest,
-                msgspec.json.encode(one.record.entries).decode(),
-                one.partial,
-            )
-            for one in chunk
-        ]
-        names.append(name)
-        rows.append(
-            {
-                "name": name,
-                "body": body,
-                "records": msgspec.json.encode(kept).decode(),
-                "created_ns": now_ns,
-            }
+def put(state: st.State, proposals: Sequence[Proposal], now_ns: int) -> str:
+    """Put records into the outbox as one file, and give its name."""
+    body = sams_xml.document([one.record for one in proposals], now_ns // NS)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now_ns // NS))
+    name = f"{stamp}-{sha256(body).hexdigest()[:16]}.xml"
+    kept = [
+        Remembered(
+            one.record.record_id,
+            one.record.digest,
+            msgspec.json.encode(one.record.entries).decode(),
+            one.partial,
         )
+        for one in proposals
+    ]
+    row = {
+        "name": name,
+        "body": body,
+        "records": msgspec.json.encode(kept).decode(),
+        "created_ns": now_ns,
+    }
     with state.begin() as connection:
-        state.insert_new(connection, st.outbox, rows)
-    return names
+        state.insert_new(connection, st.outbox, [row])
+    return name
 
 
 def flush(state: st.State, folder: Path, journal: Journal | None = None) -> int:

@@ -27,7 +27,7 @@ from sams_receiver.archive import Flag, Item, Kind, SyncFailedError
 from sams_receiver.archive import format as fmt
 from sams_receiver.archive.aside import Aside
 from sams_receiver.archive.seen import Verdict
-from sams_receiver.auth import Client, DeniedError, Door, read_secret, split_basic
+from sams_receiver.auth import Client, DeniedError, Door, read_proxy_secret, split_basic
 from sams_receiver.config import Listener, Receiver
 from sams_receiver.metrics import CONTENT_TYPE, Metrics
 from sams_receiver.quota import Daily, Rate, short_name
@@ -104,17 +104,15 @@ class App:
     # -- who ---------------------------------------------------------------------------
 
     async def _admit(self, request: web.BaseRequest, front: Front) -> Client:
-        peer = front.peer(request)
         now = time.monotonic()
-        if self._failures.empty(peer, now):
-            self.metrics.limited.labels("failures").inc()
-            raise Refusal(429, "too many failed attempts", retry=60)
         try:
             client = await self._identify(request, front)
         except DeniedError as denied:
-            self._failures.take(peer, now)
+            peer = front.peer(request)
             self.metrics.denied.labels(str(denied.status)).inc()
-            log.warning("%s denied: %s", short_name(peer), denied.reason)
+            if peer is not None and self._failures.take(peer, now):
+                raise self._too_many_failures() from denied
+            log.warning("%s denied: %s", short_name(peer or "a proxy's client"), denied.reason)
             text = "who are you?" if denied.status == 401 else "not allowed"
             raise Refusal(denied.status, text) from denied
         wait = self._rate.take(f"{client.method} {client.name}", now)
@@ -144,9 +142,18 @@ class App:
             known = self.door.by_known_password(user, password)
             if known is not None:
                 return known
+            # Whoever is known already is let in whatever others at this address do; only what
+            # costs something to look at is not looked at any more.
+            peer = front.peer(request)
+            if peer is not None and self._failures.empty(peer, time.monotonic()):
+                raise self._too_many_failures()
             async with self._passwords:
                 return await asyncio.to_thread(self.door.check_password, user, password)
         raise DeniedError(401, "no credentials")
+
+    def _too_many_failures(self) -> Refusal:
+        self.metrics.limited.labels("failures").inc()
+        return Refusal(429, "too many failed attempts", retry=60)
 
     # -- what --------------------------------------------------------------------------
 
@@ -371,7 +378,9 @@ class Front(web.Server):
         self.listener = listener
         proxy = listener.proxy
         self.proxy_secret = (
-            read_secret(proxy.secret_file) if proxy is not None and proxy.secret_file else None
+            read_proxy_secret(proxy.secret_file)
+            if proxy is not None and proxy.secret_file
+            else None
         )
         self._app = app
         self._budget = budget
@@ -416,10 +425,10 @@ class Front(web.Server):
         """Whether a request is being answered."""
         return math.inf in self._since.values()
 
-    def peer(self, request: web.BaseRequest) -> str:
-        """Address of the other side; one name for all that come through a unix socket."""
-        if self.listener.unix is not None:
-            return "unix"
+    def peer(self, request: web.BaseRequest) -> str | None:
+        """Address of the other side; None for a proxy, behind which there are many."""
+        if self.listener.proxy is not None or self.listener.unix is not None:
+            return None
         transport = request.transport
         name = transport.get_extra_info("peername") if transport is not None else None
         return str(name[0]) if name else "gone"

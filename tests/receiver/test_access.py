@@ -160,6 +160,19 @@ def test_guessing_is_slowed_down_and_the_right_ones_are_not(tmp_path: Path) -> N
         wrong = {"headers": {"Authorization": "Bearer nonsense"}}
         statuses = [send(receiver.url, **wrong) for _ in range(8)]
         assert statuses == [401] * 5 + [429] * 3
+        assert receiver.log.read_text().count("denied") == 5
+        # A user of the node who guesses does not shut out the node itself.
+        assert send(receiver.url, headers={"Authorization": "Bearer " + "a" * 40}) == 200
+
+
+def test_guessed_passwords_are_not_even_looked_at_after_a_while(tmp_path: Path) -> None:
+    passwords = private(tmp_path / "p", f"n1 {auth.hash_password(PASSWORD)}\n")
+    section = {"passwords_file": str(passwords), "tokens_file": None}
+    with Receiver(tmp_path, limits={"failures_per_minute": 3}, **section).start() as receiver:
+        assert send(receiver.url, auth=("n1", PASSWORD)) == 200
+        statuses = [send(receiver.url, auth=("n1", f"guess {n}")) for n in range(6)]
+        assert statuses == [401] * 3 + [429] * 3
+        assert send(receiver.url, sequence=1, auth=("n1", PASSWORD)) == 200
 
 
 def test_a_client_that_asks_too_often_is_told_to_wait(tmp_path: Path) -> None:

@@ -126,8 +126,10 @@ static __always_inline u64 mm_rss_pages(struct mm_struct *mm)
 #define SSID_io -1
 #endif
 
-/* fs/mount.h: before 5.10 a counter stands before it. */
 struct mnt_namespace {
+#ifdef MOUNT_NAMESPACE_COUNTED /* told by the loader */
+	atomic_t count;
+#endif
 	struct ns_common ns;
 };
 

@@ -126,6 +126,29 @@ OPTION(u32, option_parents, 0);	     /* how many of the following are in use */
 #ifndef SAMS_BCC
 const volatile u64 option_parent_hash[SAMS_PARENTS] = {}; /* of folders of job cgroups */
 #define PARENT_HASH(i) option_parent_hash[i]
+#else
+static __always_inline u64 parent_hash(u32 i)
+{
+	switch (i) {
+	case 0:
+		return PARENT_0;
+	case 1:
+		return PARENT_1;
+	case 2:
+		return PARENT_2;
+	case 3:
+		return PARENT_3;
+	case 4:
+		return PARENT_4;
+	case 5:
+		return PARENT_5;
+	case 6:
+		return PARENT_6;
+	default:
+		return PARENT_7;
+	}
+}
+#define PARENT_HASH(i) parent_hash(i)
 #endif
 
 #endif

@@ -6,6 +6,7 @@ with its descriptors, whatever happens to the process).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -123,8 +124,9 @@ class ProgramSet:
             return
         for folder in folders:
             for pid in (folder / "cgroup.procs").read_text(encoding="ascii").split():
-                for tid in os.listdir(f"/proc/{pid}/task"):
-                    bpf.run_program(self.iterators["adopt"], (int(pid), int(tid)))
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
+                    for task in Path("/proc", pid, "task").iterdir():
+                        bpf.run_program(self.iterators["adopt"], (int(pid), int(task.name)))
 
     def close(self) -> None:
         """Let go of all descriptors; a set that is not pinned ends with that."""

@@ -107,6 +107,7 @@ def _config(spool: Path, folder: Path, options: Options) -> dict[str, Any]:
     collector: dict[str, Any] = {
         "interval_s": options.interval_s,
         "mode": options.mode,
+        "loader": os.environ.get("SAMS_TEST_LOADER", "auto"),
         "exact": options.setup == "exact",
         "state": str(folder),
     }

@@ -11,6 +11,8 @@ APT_TEST  += nginx-light openssl e2fsprogs
 APT_TEST  += systemd dbus iproute2 util-linux slurmctld slurmd slurm-client munge
 APT_TEST  += iptables iproute2 openssl util-linux
 APT_TEST  += nginx-light openssl e2fsprogs
+# A state that several hosts share.
+APT_TEST  += postgresql-15
 # A lossy link, certificates.
 APT_TEST  += iptables openssl
 APT_BENCH := acct bpftrace libbpf-tools
@@ -41,6 +43,10 @@ $(BIN)/.installed: pyproject.toml hatch_build.py | apt-build
 bpf-objects: $(BIN)/.installed
 	@$(BIN)/python hatch_build.py >/dev/null
 .PHONY: bpf-objects
+
+## demo     a real job through collector, receiver, aggregator, to a report
+demo: setup apt-test bpf-objects
+	$(BIN)/python -m bench.demo
 
 ## lint     ruff and mypy
 lint: setup

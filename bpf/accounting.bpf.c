@@ -61,7 +61,11 @@ static __always_inline void leave(u64 begin)
 	if (!cost || !all)
 		return;
 	now = bpf_ktime_get_ns();
-	spent = (now - begin) * SAMS_COST_SAMPLE;
+	spent = now - begin;
+	/* An interrupt, or a CPU that was taken away, is not the programs' own time. */
+	if (spent > SAMS_COST_MOST_NS)
+		spent = SAMS_COST_MOST_NS;
+	spent *= SAMS_COST_SAMPLE;
 	cost->sampled_ns += spent;
 	if (now - cost->window_start_ns > 1000000000ULL) {
 		cost->window_start_ns = now;

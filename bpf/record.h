@@ -185,6 +185,7 @@ struct sams_cost {
 	__s64 clock_offset_ns; /* rq->clock - the CPU clock counter of this CPU */
 	__u64 clock_samples;
 };
-#define SAMS_COST_SAMPLE 64
+#define SAMS_COST_SAMPLE  64
+#define SAMS_COST_MOST_NS 50000 /* no event takes longer by itself */
 
 #endif

@@ -40,6 +40,7 @@ class Options:
     setup: SetUp = "default"
     interval_s: float = 3600
     quota: int | None = None
+    total_entries: int | None = None
     mode: str = "bpf"
 
 
@@ -111,6 +112,8 @@ def _config(spool: Path, folder: Path, options: Options) -> dict[str, Any]:
     }
     if options.quota is not None:
         collector["executables_per_job"] = options.quota
+    if options.total_entries is not None:
+        collector["executables"] = options.total_entries
     return {"collector": collector, "spool": {"folder": str(spool), "keep_free_bytes": 0}}
 
 

@@ -152,7 +152,8 @@ static __always_inline struct cgroup *task_cgroup(struct task_struct *task, u32 
  * the verifier.
  */
 #ifdef NO_BPF_LOOP
-#define SAMS_GROUP_THREADS 64
+#define SAMS_GROUP_THREADS 16
+#define STEP		   static __always_inline long
 #define REPEAT(times, step, state)                 \
 	for (u32 _i = 0; _i < (times); _i++) {     \
 		if (step(_i, &(state)))            \
@@ -160,6 +161,7 @@ static __always_inline struct cgroup *task_cgroup(struct task_struct *task, u32 
 	}
 #else
 #define SAMS_GROUP_THREADS (1 << 16)
+#define STEP		   static long
 #define REPEAT(times, step, state) bpf_loop(times, step, &(state), 0)
 #endif
 
@@ -172,6 +174,7 @@ static __always_inline struct cgroup *task_cgroup(struct task_struct *task, u32 
 static __always_inline int replace(u64 *place, u64 seen, u64 now)
 {
 #ifdef NO_FETCHING_ATOMICS
+	(void)seen;
 	*(volatile u64 *)place = now;
 	return 1;
 #else

@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from sams_ebpf import cgroups, config, daemon, envfile, privileges, program, wire, writer
+from sams_ebpf import cgroups, config, daemon, envfile, privileges, program, unclaimed, wire, writer
 from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.errors import PartialError, UsageError
 from sams_ebpf.opening import Opener
@@ -98,6 +98,8 @@ class Collector:
         if meter is None:
             _log.warning("no cgroup of job %s was found: nothing was measured", self._instance)
             return 0
+        if self._opener.in_kernel:
+            unclaimed.clear(self._site)
         self._give_up_privileges(meter)
         out = writer.Writer(
             meter,

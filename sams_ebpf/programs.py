@@ -7,6 +7,7 @@ with its descriptors, whatever happens to the process).
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import importlib.resources
 import os
@@ -23,6 +24,8 @@ from sams_ebpf.cgroups import Hierarchy, mounted
 from sams_ebpf.host import Attempt
 
 OBJECT: Final = "accounting.bpf.o"
+# For kernels whose verifier refuses the other: without bpf_loop() and fetching atomics.
+OLDER_OBJECT: Final = "accounting-older.bpf.o"
 TRACEPOINTS: Final = {
     "on_new_task": "task_newtask",
     "on_exec": "sched_process_exec",
@@ -111,10 +114,10 @@ class ProgramSet:
 LoadPrograms = Callable[[dict[str, bpf.Map], Options, set[str]], dict[str, int]]
 
 
-def object_bytes() -> bytes:
+def object_bytes(name: str = OBJECT) -> bytes:
     """Read the compiled programs. Raises BpfError if the package was built without them."""
     try:
-        return (importlib.resources.files("sams_ebpf") / "_bpf" / OBJECT).read_bytes()
+        return (importlib.resources.files("sams_ebpf") / "_bpf" / name).read_bytes()
     except FileNotFoundError as error:
         raise bpf.BpfError(f"{error.filename}: missing; the package was not built whole") from error
 
@@ -150,24 +153,17 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
     """Load and attach a set. Raises BpfError with the kernel's or libbpf's reason."""
     if loader != "libbpf":
         raise bpf.BpfError("this version has no loader with BCC")
-    slices = True
-    opened = bpf.Object(object_bytes())
+    attached = options.attached()
+    wanted = attached | set(ITERATORS) | {"on_calibrate"}
     try:
-        sizes = {
-            "tasks": options.tasks,
-            "processes": options.tasks,
-            "totals": options.executables,
-            "names": options.executables,
-            "splits": options.executables,
-            "cgroups": options.cgroups,
-            "clocks": possible_cpus(),
-        }
-        opened.resize(sizes)
-        _set_options(opened.read_only_data(), options, slices=slices)
-        attached = options.attached()
-        maps, programs = opened.load(attached | set(ITERATORS) | {"on_calibrate"})
-    finally:
-        opened.close()
+        maps, programs = _load_object(OBJECT, options, wanted)
+    except bpf.BpfError as error:
+        if error.errno in (errno.EPERM, 0):
+            raise
+        try:
+            maps, programs = _load_object(OLDER_OBJECT, options, wanted)
+        except bpf.BpfError:
+            raise error from None  # of the two, the reason of the one meant for newer kernels
     for index in range(layout.SLOTS):
         maps["free_slots"].update(None, layout.U32.pack(index))
     _open_clocks(maps["clocks"])
@@ -185,6 +181,27 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
     maps.pop("clocks").close()
     maps.pop("scratch").close()
     return ProgramSet(maps, iterators, links)
+
+
+def _load_object(
+    name: str, options: Options, wanted: set[str]
+) -> tuple[dict[str, bpf.Map], dict[str, int]]:
+    opened = bpf.Object(object_bytes(name))
+    try:
+        sizes = {
+            "tasks": options.tasks,
+            "processes": options.tasks,
+            "totals": options.executables,
+            "names": options.executables,
+            "splits": options.executables,
+            "cgroups": options.cgroups,
+            "clocks": possible_cpus(),
+        }
+        opened.resize(sizes)
+        _set_options(opened.read_only_data(), options, slices=True)
+        return opened.load(wanted)
+    finally:
+        opened.close()
 
 
 class _Rodata(ctypes.Structure):

@@ -29,7 +29,7 @@ from sams_ebpf import wire
 SetUp = Literal["default", "exact"]
 SETUPS: tuple[SetUp, ...] = ("default", "exact")
 COLLECTOR = (sys.executable, "-m", "sams_ebpf")
-START_S = 30
+START_S = float(os.environ.get("SAMS_TEST_START_S", "30"))
 END_S = 60
 
 

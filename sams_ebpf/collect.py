@@ -29,7 +29,8 @@ def command(arguments: argparse.Namespace) -> int:
     program.start_log("sams-ebpf", f"collect job={job} node={claims.node}")
     collector = Collector(site, claims, arguments.jobid, arguments.cgroup)
     with daemon.sleeping() as (signals, watch, sleeper):
-        if arguments.finish:
+        # The handlers stand: an Epilog from here on is heard, one of before left its mark.
+        if arguments.finish or (arguments.env_file and envfile.ended(arguments.env_file)):
             signals.came = "SIGHUP"
         return collector.run(signals, watch, sleeper)
 

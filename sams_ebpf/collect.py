@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from sams_ebpf import cgroups, config, daemon, envfile, privileges, program, wire, writer
+from sams_ebpf import cgroups, config, daemon, envfile, privileges, program, unclaimed, wire, writer
 from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.errors import PartialError, UsageError
 from sams_ebpf.opening import Opener
@@ -29,7 +29,8 @@ def command(arguments: argparse.Namespace) -> int:
     program.start_log("sams-ebpf", f"collect job={job} node={claims.node}")
     collector = Collector(site, claims, arguments.jobid, arguments.cgroup)
     with daemon.sleeping() as (signals, watch, sleeper):
-        if arguments.finish:
+        # The handlers stand: an Epilog from here on is heard, one of before left its mark.
+        if arguments.finish or (arguments.env_file and envfile.ended(arguments.env_file)):
             signals.came = "SIGHUP"
         return collector.run(signals, watch, sleeper)
 
@@ -98,6 +99,8 @@ class Collector:
         if meter is None:
             _log.warning("no cgroup of job %s was found: nothing was measured", self._instance)
             return 0
+        if self._opener.in_kernel:
+            unclaimed.clear(self._site)
         self._give_up_privileges(meter)
         out = writer.Writer(
             meter,

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -521,7 +520,7 @@ def _load(file: Path | None) -> tuple[State, bool]:
     """
     with open(_BOOT_ID, encoding="ascii") as opened:  # noqa: PTH123 - /proc, as above
         boot_id = opened.read().strip()
-    new = State(STATE_VERSION, boot_id, secrets.token_bytes(16), 0, time.time_ns(), Account())
+    new = State(STATE_VERSION, boot_id, os.urandom(16), 0, time.time_ns(), Account())
     if file is None:
         return new, False
     try:

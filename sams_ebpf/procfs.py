@@ -125,6 +125,8 @@ class ProcMeter:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise UsageError(reason) from error
             self._lose("baselines_not_written", reason)
+        # What is used from here on is the sampler's to find; before, it is `before_attach`.
+        self._sample()
 
     @property
     def epoch(self) -> bytes:

@@ -15,6 +15,9 @@ APT_TEST  += nginx-light openssl e2fsprogs
 APT_TEST  += postgresql-15
 # A lossy link, certificates.
 APT_TEST  += iptables openssl
+# `vagrant validate`; `make test-vm`.
+APT_TEST  += vagrant
+APT_VM    := qemu-system-x86 debootstrap e2fsprogs busybox-static user-mode-linux
 APT_BENCH := acct bpftrace libbpf-tools
 
 # Installs the packages that are missing, and says so only then.
@@ -68,3 +71,10 @@ bench: setup apt-test apt-bench bpf-objects
 ## soak     the long repetitions: hours, and to be run before a release
 soak: setup apt-test bpf-objects
 	$(PYTEST) -m soak --timeout 3600
+
+## test-vm  boot the kernels of vagrant/kernels.yaml, write docs/kernels.md (VM="row …": only these)
+.PHONY: apt-vm
+apt-vm:
+	$(call apt,$(APT_VM))
+test-vm: setup apt-vm bpf-objects
+	$(BIN)/python vagrant/vm.py $(VM)

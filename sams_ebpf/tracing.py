@@ -167,10 +167,8 @@ class BpfMeter:
         )
 
     def _settle(self) -> None:
-        gone = bpf.run_iterator(self._programs.iterators["harvest"])
         tasks = self._programs.maps["tasks"]
-        for at in range(0, len(gone), 8):
-            key = gone[at : at + 8]
+        for key in self._programs.settle():
             row = tasks.lookup(key)
             if row is not None and row.startswith(bytes(4)):  # not taken by a new task since
                 tasks.delete(key)

@@ -107,6 +107,7 @@ def _config(spool: Path, folder: Path, options: Options) -> dict[str, Any]:
     collector: dict[str, Any] = {
         "interval_s": options.interval_s,
         "mode": options.mode,
+        "loader": os.environ.get("SAMS_TEST_LOADER", "auto"),
         "exact": options.setup == "exact",
         "state": str(folder),
     }
@@ -158,6 +159,16 @@ class Result:
         for record in self.records.values():
             found[record.path.decode("utf-8", "replace").rpartition("/")[2]] += record.cpu_ns
         return found
+
+
+def allowed_ns(ledger: wire.Ledger) -> int:
+    """How far `attributed` may be from what the kernel charged, in the default set-up.
+
+    0.1 % or 1 ms; 0.5 % where the programs themselves have counted a death they missed.
+    """
+    assert ledger.cgroup_cpu_ns is not None
+    missed = ledger.lost.get("missed_deaths", 0)
+    return max(ledger.cgroup_cpu_ns // (200 if missed else 1000), 1_000_000)
 
 
 def read_spool(folder: Path, job_id: int | None = None) -> list[wire.Batch]:

@@ -115,6 +115,8 @@ class Store:
         for partition in self._partitions:
             self._tasks.append(asyncio.create_task(self._commit_loop(partition)))
         self._tasks.append(asyncio.create_task(self._tick_loop()))
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
 
     async def put(self, cluster: str | None, node: str | None, item: Item, tag: Tag) -> Verdict:
         """Store unless it is there already; what is NEW or DUPLICATE is on disk on return.
@@ -165,6 +167,13 @@ class Store:
     def in_memory(self) -> int:
         """Digests of what is not sealed yet."""
         return sum(partition.seen.in_memory for partition in self._partitions)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A loop that ends by an error nobody foresaw takes the program along: no silence."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.trouble = f"{self._folder}: writing ended: {error!r}"
+            self._on_fatal(SyncFailedError(f"{self.trouble}; nothing more is acknowledged"))
 
     async def _commit_loop(self, partition: _Partition) -> None:
         while True:

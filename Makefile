@@ -5,6 +5,8 @@ PYTEST := $(BIN)/pytest
 
 APT_BUILD := clang llvm libbpf-dev libbpf1 make python3-venv
 APT_TEST  := gcc libc6-dev
+# The receiver: a real proxy, certificates, a file system whose power can be cut.
+APT_TEST  += nginx-light openssl e2fsprogs
 # The testbed: systemd and Slurm in namespaces of their own.
 APT_TEST  += systemd dbus iproute2 util-linux slurmctld slurmd slurm-client munge
 APT_TEST  += iptables iproute2 openssl util-linux
@@ -13,6 +15,9 @@ APT_TEST  += nginx-light openssl e2fsprogs
 APT_TEST  += postgresql-15
 # A lossy link, certificates.
 APT_TEST  += iptables openssl
+# `vagrant validate`; `make test-vm`.
+APT_TEST  += vagrant
+APT_VM    := qemu-system-x86 debootstrap e2fsprogs busybox-static user-mode-linux
 APT_BENCH := acct bpftrace libbpf-tools
 
 # Installs the packages that are missing, and says so only then.
@@ -42,6 +47,10 @@ bpf-objects: $(BIN)/.installed
 	@$(BIN)/python hatch_build.py >/dev/null
 .PHONY: bpf-objects
 
+## demo     a real job through collector, receiver, aggregator, to a report
+demo: setup apt-test bpf-objects
+	$(BIN)/python -m bench.demo
+
 ## lint     ruff and mypy
 lint: setup
 	$(BIN)/ruff check .
@@ -58,3 +67,14 @@ apt-bench:
 	$(call apt,$(APT_BENCH))
 bench: setup apt-test apt-bench bpf-objects
 	PYTHONPATH=tests/support $(BIN)/python -m bench $(BENCH)
+
+## soak     the long repetitions: hours, and to be run before a release
+soak: setup apt-test bpf-objects
+	$(PYTEST) -m soak --timeout 3600
+
+## test-vm  boot the kernels of vagrant/kernels.yaml, write docs/kernels.md (VM="row …": only these)
+.PHONY: apt-vm
+apt-vm:
+	$(call apt,$(APT_VM))
+test-vm: setup apt-vm bpf-objects
+	$(BIN)/python vagrant/vm.py $(VM)

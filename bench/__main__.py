@@ -17,7 +17,18 @@ from typing import cast
 from bench import section
 
 # In the order in which they stand in the document. Each is a module of this folder with `run()`.
-NAMES: tuple[str, ...] = ("kernel_cost", "switch_cost", "footprint", "rivals", "slurm_hooks")
+NAMES: tuple[str, ...] = (
+    "kernel_cost",
+    "switch_cost",
+    "footprint",
+    "rivals",
+    "slurm_hooks",
+    "archive_append",
+    "archive_size",
+    "receiver_speed",
+    "receiver_memory",
+    "rules",
+)
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 

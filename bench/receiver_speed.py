@@ -7,12 +7,10 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import batches
+import driving
 import receiving
 import uvloop
 
@@ -21,77 +19,8 @@ from bench.section import Section, Table
 ROUNDS = 5
 SECONDS = 4.0
 CONNECTIONS = 200
-BATCHES = 60_000
+BATCHES = 90_000
 RECORDS = 23
-
-
-class Connection(asyncio.Protocol):
-    """Sends one prepared request after the other, each when the last was acknowledged."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._sent = 0.0
-        self._buffer = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Send the first."""
-        self._transport = cast("asyncio.WriteTransport", transport)
-        self._next()
-
-    def data_received(self, data: bytes) -> None:
-        """Take an answer, send the next."""
-        self._buffer += data
-        if not self._buffer.endswith(b"}\n"):
-            return
-        if not self._buffer.startswith(b"HTTP/1.1 200") or b'"stored"' not in self._buffer:
-            self._run.wrong += 1
-        self._buffer = b""
-        now = time.perf_counter()
-        if self._run.counting:
-            self._run.times.append(now - self._sent)
-        self._next()
-
-    def _next(self) -> None:
-        request = next(self._run.requests, None)
-        if request is None:
-            self._run.done.set()
-            return
-        self._sent = time.perf_counter()
-        self._transport.write(request)
-
-
-class Run:
-    """One measurement."""
-
-    def __init__(self, requests: Iterator[bytes]) -> None:
-        self.requests = requests
-        self.times: list[float] = []
-        self.wrong = 0
-        self.counting = False
-        self.done = asyncio.Event()
-
-    async def measure(self, port: int) -> tuple[float, float]:
-        """Batches per second and 99th percentile in seconds, after half a second to warm up."""
-        loop = asyncio.get_running_loop()
-        made = [
-            await loop.create_connection(lambda: Connection(self), "127.0.0.1", port)
-            for _ in range(CONNECTIONS)
-        ]
-        await asyncio.sleep(0.5)
-        self.counting = True
-        begin = time.perf_counter()
-        try:
-            async with asyncio.timeout(SECONDS):
-                await self.done.wait()
-        except TimeoutError:
-            pass
-        took = time.perf_counter() - begin
-        self.counting = False
-        for transport, _ in made:
-            transport.abort()
-        assert self.wrong == 0, f"{self.wrong} wrong answers"
-        ordered = sorted(self.times)
-        return len(ordered) / took, ordered[int(len(ordered) * 0.99)]
 
 
 def prepared() -> list[bytes]:
@@ -122,7 +51,10 @@ def once(requests: list[bytes], store: str) -> tuple[float, float]:
             receiver.start(prefix=("taskset", "-c", "1"), module=module),
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
-            return runner.run(Run(iter(requests)).measure(receiver.ports[0]))
+            run = driving.Run(iter(requests))
+            found = runner.run(run.measure(receiver.ports[0], CONNECTIONS, SECONDS))
+            assert run.statuses.keys() == {b"200"}, run.statuses
+            return found
 
 
 def run() -> Section:

@@ -638,6 +638,12 @@ class Watch:
         poll.poll(None if timeout_s is None else timeout_s * 1000)
         return self.drain()
 
+    def clear(self) -> None:
+        """Watch nothing any more, under the same descriptor."""
+        for watch in self._watched:
+            _libc.inotify_rm_watch(self._fd, watch)
+        self._watched.clear()
+
     def close(self) -> None:
         """Let go of all watches."""
         os.close(self._fd)

@@ -77,15 +77,25 @@ class Places:
         self._above = above
         self._watch = watch
 
-    def look(self) -> list[Cgroup]:
-        """Watch, then look: what happens in between is seen by one of the two."""
-        for folder in self._above():
-            self._watch.add(folder)
+    def look(self, *, around: bool = True) -> list[Cgroup]:
+        """Watch, then look: what happens in between is seen by one of the two.
+
+        around: wake also when a cgroup is made or removed. Every job of the node wakes
+        this one then, so only where something would be lost without it.
+        """
+        if around:
+            for folder in self._above():
+                self._watch.add(folder)
         found = self._locate()
         for cgroup in found:
-            self._watch.add(os.path.dirname(cgroup.folder))  # noqa: PTH120 - as in cgroups
+            if around:
+                self._watch.add(os.path.dirname(cgroup.folder))  # noqa: PTH120 - as in cgroups
             self._watch.add_populated(cgroup)
         return found
+
+    def leave(self) -> None:
+        """Watch nothing any more."""
+        self._watch.clear()
 
 
 class Sleeper:
@@ -133,18 +143,21 @@ def measure(
     *,
     interval_s: float,
     grace_period_s: float,
-    take_up: Callable[[list[Cgroup]], None],
+    in_kernel: bool,
 ) -> wire.Closing:
     """Harvest at the interval until the job has ended; gives why, for the final batch.
 
-    take_up: told which cgroups the job has, as often as that is looked at.
+    in_kernel: the kernel side counts in whatever cgroup the job gets, so that what comes
+    and goes between two harvests needs no waking.
     """
+    if in_kernel:
+        places.leave()
     # A moment of its own: collectors that started together do not harvest together.
     harvest_at = time.monotonic() + interval_s * (0.5 + int.from_bytes(os.urandom(2)) / 131072)
     empty_since: float | None = None
     while True:
-        found = places.look()
-        take_up(found)
+        found = places.look(around=not in_kernel)
+        meter.look(found)
         live = meter.live()
         now = time.monotonic()
         if signals.came is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import msgspec
 
 from sams_ebpf import wire
+from sams_ebpf.cgroups import Cgroup
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +51,10 @@ class Meter(Protocol):
 
     def harvest(self) -> Snapshot:
         """Read every counter now; wakes nobody and changes nothing that is counted."""
+        ...
+
+    def look(self, found: Sequence[Cgroup]) -> None:
+        """Be told which cgroups the job has now: told at each waking."""
         ...
 
     def live(self) -> int:

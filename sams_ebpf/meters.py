@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Literal
 
-from sams_ebpf import bpf, cgroups, host, layout, pins, probe, programs, slots
+from sams_ebpf import bpf, cgroups, host, layout, probe, programs, slots
 from sams_ebpf.cgroups import Cgroup, Hierarchy
 from sams_ebpf.config import Collector
 from sams_ebpf.errors import NotPossibleError, UsageError
@@ -101,85 +98,3 @@ def tree_of_jobs(name: str) -> Hierarchy:
 
 def _named_only(tree: Hierarchy) -> bool:
     return all(controller.startswith("name=") for controller in tree.controllers)
-
-
-def shared(found: Cgroup, settings: Collector, node: str, state: Path) -> BpfMeter | ProcMeter:
-    """Measure a job with the node's programs, or by sampling.
-
-    The slot that the kernel side made for the job is claimed; else one is taken, in
-    programs that are loaded for as long as there are such jobs. state: where sampling
-    keeps its baselines.
-    """
-
-    def use(which: host.Loader) -> BpfMeter:
-        with pins.lock():
-            claimed = _claimable(found)
-            if claimed is None:
-                options = options_of(settings, found.hierarchy, node)
-                own = _standing(found.hierarchy) or pins.load(options, which, stay=False)
-                claimed = own, slots.take(own, found)
-            return BpfMeter(*claimed, found, let_go=pins.let_go)
-
-    if state.exists() and settings.mode == "auto":
-        # Baselines of an earlier life of this collector: one epoch has one mode.
-        return ProcMeter([found], state, quota=settings.executables_per_job)
-    _, meter = choose(use, settings.mode, settings.loader)
-    return meter or ProcMeter([found], state, quota=settings.executables_per_job)
-
-
-def _standing(hierarchy: Hierarchy) -> ProgramSet | None:
-    """Open the set that was loaded to stay and accounts this tree."""
-    for folder in reversed(pins.folders()):
-        if pins.is_of(folder, hierarchy):
-            one = pins.open_set(folder)
-            node = one.node()
-            if node.stay and not node.closed:
-                return one
-            one.close()
-    return None
-
-
-def _claimable(cgroup: Cgroup) -> tuple[ProgramSet, layout.Slot] | None:
-    key = layout.U64.pack(layout.path_hash(slots.kernel_path(cgroup)))
-    for folder in pins.folders():
-        if not pins.is_of(folder, cgroup.hierarchy):
-            continue
-        one = pins.open_set(folder)
-        slot_id = one.maps["jobs"].lookup(key)
-        slot = None if slot_id is None else slots.read(one, layout.U32.unpack(slot_id)[0])
-        if slot is not None:
-            claim = slots.claim_of(one, slot.id)
-            if claim is not None and _collects(claim.pid):
-                raise UsageError(f"{cgroup.folder}: process {claim.pid} measures it already")
-            return one, slot
-        one.close()
-    return None
-
-
-def _collects(pid: int) -> bool:
-    """Tell whether a process is a collector: the PID may be somebody else's by now."""
-    if pid == os.getpid():
-        return False
-    with contextlib.suppress(OSError):
-        return b"collect" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return False
-
-
-def remembered(
-    names: set[str], hierarchies: list[Hierarchy], *, unclaimed: bool = True
-) -> Iterator[Cgroup]:
-    """Find job cgroups that the kernel side has counted, though they may be gone by now."""
-    with contextlib.suppress(bpf.BpfError):
-        for folder in pins.folders():
-            for hierarchy in hierarchies:
-                if not pins.is_of(folder, hierarchy):
-                    continue
-                one = pins.open_set(folder)
-                top = hierarchy.root.rstrip("/")
-                for slot in slots.used(one):
-                    path = os.fsdecode(slot.path).removeprefix(top)
-                    if path.rpartition("/")[2] in names and (
-                        not unclaimed or slots.claim_of(one, slot.id) is None
-                    ):
-                        yield Cgroup(folder=hierarchy.folder(path), path=path, hierarchy=hierarchy)
-                one.close()

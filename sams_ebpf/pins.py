@@ -25,7 +25,7 @@ from sams_ebpf.programs import Options, ProgramSet
 
 ROOT: Final = Path("/sys/fs/bpf/sams-ebpf")
 LOCK: Final = Path("/run/sams-ebpf/lock")
-_UNFINISHED: Final = ".new"
+_UNFINISHED: Final = "-new"  # no dot: bpffs refuses those
 
 
 @contextlib.contextmanager
@@ -46,7 +46,9 @@ def lock(path: Path = LOCK) -> Iterator[None]:
 def folders(root: Path = ROOT) -> list[Path]:
     """List the pinned sets, oldest first."""
     try:
-        found = [path for path in root.iterdir() if path.is_dir() and path.suffix != _UNFINISHED]
+        found = [
+            path for path in root.iterdir() if path.is_dir() and not path.name.endswith(_UNFINISHED)
+        ]
     except FileNotFoundError:
         return []
     return sorted(found, key=lambda path: path.stat().st_ctime_ns)
@@ -57,13 +59,15 @@ def open_set(folder: Path) -> ProgramSet:
     maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
     iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in programs.ITERATORS}
     return ProgramSet(
-        maps, iterators, {}, loader="bcc" if folder.name.startswith("bcc") else "libbpf"
+        maps, iterators, {}, loader="bcc" if folder.name.startswith("bcc_") else "libbpf"
     )
 
 
-def find(options: Options, root: Path = ROOT) -> ProgramSet | None:
+def find(
+    options: Options, root: Path = ROOT, loader: Literal["libbpf", "bcc"] = "libbpf"
+) -> ProgramSet | None:
     """Open the pinned set of these programs and options; None if there is none."""
-    folder = root / programs.abi(options)
+    folder = root / programs.abi(options, loader)
     return open_set(folder) if folder.is_dir() else None
 
 
@@ -113,15 +117,27 @@ def load(
     stay: until `unload`, not only while there are jobs. A set of another ABI takes no
     new jobs from now on.
     """
-    found = find(options, root)
+    found = find(options, root, loader) or (None if stay else _standing(options.hierarchy, root))
     if found is None:
         found = programs.load(options, loader)
-        pin_set(found, programs.abi(options), root)
+        pin_set(found, programs.abi(options, loader), root)
     if stay and not found.node().stay:
         found.set_node(stay=1)
     if stay:
-        close_others(programs.abi(options), root)
+        close_others(programs.abi(options, loader), root)
     return found
+
+
+def _standing(hierarchy: Hierarchy, root: Path) -> ProgramSet | None:
+    """Open the set that was loaded to stay and accounts this tree, whatever its options."""
+    for folder in reversed(folders(root)):
+        if is_of(folder, hierarchy):
+            one = open_set(folder)
+            node = one.node()
+            if node.stay and not node.closed:
+                return one
+            one.close()
+    return None
 
 
 def close_others(name: str, root: Path = ROOT) -> None:

@@ -22,11 +22,20 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
-from sams_ebpf import cgroups, durable, wire
+from sams_ebpf import cgroups, durable, taskstats, wire
 from sams_ebpf.cgroups import Cgroup, Hierarchy
-from sams_ebpf.errors import UsageError
+from sams_ebpf.errors import NotPossibleError, UsageError
 from sams_ebpf.meter import Snapshot
-from sams_ebpf.sampling import UNKNOWN, Account, Executable, Image, Place, Sampler, Seen
+from sams_ebpf.sampling import (
+    UNKNOWN,
+    Account,
+    Death,
+    Executable,
+    Image,
+    Place,
+    Sampler,
+    Seen,
+)
 
 STATE_VERSION: Final = 1
 QUOTA: Final = 10_000
@@ -35,6 +44,9 @@ _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 _TICK_NS: Final = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _DELETED: Final = b" (deleted)"
 _MEMFD: Final = b"/memfd:"
+_SECOND: Final = 1_000_000_000
+_USUAL_FOLDERS: Final = (b"/usr/bin", b"/bin", b"/usr/local/bin", b"/usr/sbin", b"/sbin")
+_MAX_FILES: Final = 65536
 _log = logging.getLogger(__name__)
 
 
@@ -69,7 +81,9 @@ class ProcMeter:
     where: the job's cgroups, one per place (the same job's folders in other v1 trees are
     not other places). state: a file that outlives this process but need not outlive the
     boot; None for a job that ends with this process. quota: executables that get a row of
-    their own. Raises UsageError if the state cannot be kept.
+    their own. listen: have the kernel tell of deaths between samples where it does (see
+    `taskstats`); `not_listening` says why it does not. Raises UsageError if the state
+    cannot be kept.
     """
 
     mode: Literal["bpf", "proc"] = "proc"
@@ -81,6 +95,7 @@ class ProcMeter:
         state: Path | None = None,
         *,
         quota: int = QUOTA,
+        listen: bool = True,
         hierarchies: Iterable[Hierarchy] | None = None,
     ) -> None:
         self._hierarchies = list(cgroups.mounted() if hierarchies is None else hierarchies)
@@ -89,7 +104,17 @@ class ProcMeter:
         self._counters: list[Cgroup | None] = []
         self._counter_read_ns = 0
         self._host_mounts = _namespace(1) or _namespace(os.getpid())
+        self._listener: taskstats.Listener | None = None
+        self.not_listening = "not asked for"
+        if listen:
+            try:
+                self._listener = taskstats.Listener()
+                self.not_listening = ""
+            except NotPossibleError as error:
+                self.not_listening = str(error)
+        self._files: dict[tuple[int, int], bytes] = {}
         self._state, self._take_up_now = _load(state)
+        self._forget_the_dead()
         self._state.generation += 1
         self._sampler = Sampler(self._state.account, quota)
         for cgroup in where:
@@ -132,12 +157,26 @@ class ProcMeter:
                 return
         places.insert(at, Place(cgroup.folder))
 
+    def look(self, found: Sequence[Cgroup]) -> None:
+        """Take to the job's what it has now; sample once more if its last process has left.
+
+        Who made the cgroup removes it then, and the kernel's counter with it.
+        """
+        for cgroup in found:
+            self.add(cgroup)
+        if not self.live() and self._has_grown():
+            self._sample()
+
     def live(self) -> int:
         """Count the processes in the job's cgroups; zombies are not among them."""
         return len(set().union(*map(cgroups.processes, self._where)))
 
     def harvest(self) -> Snapshot:
         """Take a sample, keep it on disk, and give all counters."""
+        return self._snapshot(self._sample())
+
+    def _sample(self) -> int:
+        """Take a sample and keep it on disk; gives the number of live processes."""
         began_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         account = self._state.account
         for at, cgroup in enumerate(self._where):
@@ -159,21 +198,99 @@ class ProcMeter:
                     seen.append(one)
                 elif image is not None:
                     gone.append(pid)
+        deaths = self._deaths()
         for at in range(len(self._where)):
             self._count(account.places[at], at)
         self._take_up_now = False
-        self._sampler.take(began_ns, seen, members=members, gone=gone)
+        self._sampler.take(began_ns, seen, members=members, gone=gone, deaths=deaths)
         try:
             self._save()
         except OSError as error:
             where = f"{self._file}: baselines cannot be kept: {error.strerror}"
             self._lose("baselines_not_written", where)
-        return self._snapshot(len(members))
+        return len(members)
+
+    def _has_grown(self) -> bool:
+        """Tell whether the kernel charged anything since the last sample."""
+        places = self._state.account.places
+        return any((self._read(at) or 0) > places[at].last_ns for at in range(len(self._where)))
 
     def close(self) -> None:
         """Remove the baselines: the job has ended, and its last counters have been told."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         if self._file is not None:
             self._file.unlink(missing_ok=True)
+
+    def _forget_the_dead(self) -> None:
+        """Drop those who died while no collector ran: their PIDs may be others' by now."""
+        images = self._state.account.images
+        for pid, image in list(images.items()):
+            status = read_status(pid)
+            if status is None or status.start_ns != image.start_ns:
+                del images[pid]
+
+    def _deaths(self) -> list[Death]:
+        """Fetch what the kernel told of the dead, with the paths of their executables."""
+        if self._listener is None:
+            return []
+        exits, lost = self._listener.drain()
+        account = self._state.account
+        if lost:
+            account.lost["deaths_not_told"] = account.lost.get("deaths_not_told", 0) + lost
+        if not exits:
+            return []
+        for image in account.images.values():
+            if image.flags == 0 and image.file != (0, 0):
+                self._files[image.file] = image.path
+        if len(self._files) > _MAX_FILES:
+            self._files.clear()
+        wall_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        # By name too: one that leads nowhere says nothing about the same file's other names.
+        found: dict[tuple[tuple[int, int], bytes], tuple[bytes, int] | None] = {}
+        deaths = []
+        for one in exits:
+            named = one.file, one.comm
+            if named not in found:
+                found[named] = self._path_of(one)
+            path_and_change = found[named]
+            # A file that changed after the process began may be another one by now.
+            is_it = path_and_change is not None and path_and_change[1] <= one.begin_s * _SECOND
+            deaths.append(
+                Death(
+                    pid=one.pid,
+                    start_ns=one.begin_s * _SECOND - wall_ns,
+                    parent=one.parent,
+                    cpu_ns=one.cpu_ns,
+                    user_us=one.user_us,
+                    system_us=one.system_us,
+                    file=one.file,
+                    key=(path_and_change[0], 0) if path_and_change and is_it else None,
+                    peak_bytes=one.peak_bytes or None,
+                )
+            )
+        return deaths
+
+    def _path_of(self, one: taskstats.Exit) -> tuple[bytes, int] | None:
+        """Find a path for a dead process's file, and when that file last changed (ns).
+
+        Paths seen in samples, and those a command of this name usually has; taken only if
+        device and inode are those of the file.
+        """
+        paths = [self._files[one.file]] if one.file in self._files else []
+        if one.comm and b"/" not in one.comm:
+            paths += [b"%s/%s" % (folder, one.comm) for folder in _USUAL_FOLDERS]
+        for path in paths:
+            try:
+                status = os.stat(path)
+            except OSError:
+                continue
+            if (status.st_dev, status.st_ino) == one.file:
+                real = os.path.realpath(path)
+                self._files[one.file] = real
+                return real, status.st_ctime_ns
+        return None
 
     def _find(self, place: Place, at: int, cgroup: Cgroup) -> None:
         """See whether a place's cgroup is there, and whether it is the one that was."""
@@ -226,6 +343,8 @@ class ProcMeter:
         where: Literal["inside", "outside"] = "inside"
         if pid not in members and not self._still_inside(pid, dead=status.dead):
             where = "outside"
+        # Reading the peak costs as much as all the rest: not for who did next to nothing.
+        idle = image is not None and clock_ns - image.seen_ns < _TICK_NS
         return Seen(
             pid=pid,
             start_ns=status.start_ns,
@@ -236,7 +355,7 @@ class ProcMeter:
             comm=status.comm,
             executable=None if status.dead else read_executable(pid, image, self._host_mounts),
             where=where,
-            peak_bytes=None if status.dead else read_peak(pid),
+            peak_bytes=None if status.dead or idle else read_peak(pid),
             place=members.get(pid, 0),
         )
 

@@ -7,7 +7,7 @@ the kernel charged to the job's cgroups. The rest has a cause, not an executable
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -19,10 +19,14 @@ BEFORE_ATTACH: Final = "before_attach"
 DIED: Final = "died_between_samples"
 EXEC_AMBIGUOUS: Final = "exec_ambiguous"
 MOVED: Final = "moved"
+UNIDENTIFIED: Final = "unidentified_executable"
 
 # A cgroup's birth is told by a file time, which may be this much off from the boot clock.
 _BIRTH_TOLERANCE_NS: Final = 1_000_000_000
 _TICK_NS: Final = 10_000_000
+_TICK_US: Final = _TICK_NS // 1000
+# The kernel tells when the dead were born in whole seconds of the wall clock.
+_DEATH_ERROR_NS: Final = 2_000_000_000
 
 Key = tuple[bytes, int]
 UNKNOWN: Final[Key] = (b"", wire.UNKNOWN)
@@ -45,7 +49,7 @@ class Seen(NamedTuple):
     """One process at one sample.
 
     start_ns: since boot, rounded down to a tick of 10 ms. clock_ns: its CPU clock; user,
-    system: the kernel's tick-sampled split of it, in any unit. executable: None when it
+    system: the kernel's tick-sampled split of it, in ticks. executable: None when it
     is dead. where: `inside` the job, or `outside` when it has left it. place: which of
     the job's cgroups. peak_bytes: peak memory of the process so far. comm: the kernel's
     name of it, which every exec sets.
@@ -62,6 +66,25 @@ class Seen(NamedTuple):
     where: Literal["inside", "outside"] = "inside"
     peak_bytes: int | None = None
     place: int = 0
+
+
+class Death(NamedTuple):
+    """A process that died since the last sample, as the kernel told it (`taskstats`).
+
+    start_ns: since boot, right to 2 s. cpu_ns: of all its threads. user_us, system_us: the
+    kernel's tick-sampled split, 0 where it gives none. key: of its executable, None when
+    no path could be found for its file.
+    """
+
+    pid: int
+    start_ns: int
+    parent: int
+    cpu_ns: int
+    user_us: int
+    system_us: int
+    file: tuple[int, int]
+    key: Key | None
+    peak_bytes: int | None = None
 
 
 class Image(msgspec.Struct):
@@ -87,13 +110,21 @@ class Image(msgspec.Struct):
 
 
 class Total(msgspec.Struct):
-    """Counters of one executable, cumulative since the epoch began."""
+    """Counters of one executable, cumulative since the epoch began.
+
+    unseen_*: of the above what the kernel told of the dead that no sample saw, with the
+    sums of its tick-sampled split: meaningless for one short process, right for many.
+    """
 
     path: bytes
     flags: int
     cpu_ns: int = 0
     user_ns: int = 0
     max_rss_bytes: int | None = None
+    unseen_ns: int = 0
+    unseen_user_ns: int = 0
+    unseen_user_us: int = 0
+    unseen_system_us: int = 0
 
 
 class Place(msgspec.Struct):
@@ -131,6 +162,7 @@ class Account(msgspec.Struct):
     outside_ns: int = 0
     exec_ambiguous_ns: int = 0
     moved_ns: int = 0
+    unidentified_ns: int = 0
     before_ns: int = 0
     counter_before_ns: int = 0
     lost: dict[str, int] = {}
@@ -143,6 +175,12 @@ class Account(msgspec.Struct):
         return sum(place.counter_ns for place in self.places)
 
     @property
+    def explained_ns(self) -> int:
+        """What of the kernel's counter is accounted for, by executable or by cause."""
+        known = self.exec_ambiguous_ns + self.moved_ns + self.unidentified_ns
+        return self.attributed_ns + known
+
+    @property
     def unattributed_by(self) -> dict[str, int]:
         """Give the whole difference to the kernel's counter, by cause."""
         counter = self.counter_ns
@@ -153,6 +191,7 @@ class Account(msgspec.Struct):
         for cause, value in (
             (EXEC_AMBIGUOUS, self.exec_ambiguous_ns),
             (MOVED, self.moved_ns),
+            (UNIDENTIFIED, self.unidentified_ns),
             (BEFORE_ATTACH, self.before_ns),
         ):
             causes[cause] = min(value, rest)
@@ -173,6 +212,37 @@ class _Charge(NamedTuple):
         return max(0, self.seen.clock_ns - self.image.seen_ns)
 
 
+class _Budget:
+    """What may still be charged in one sample.
+
+    Two bounds: the counter as a whole for what surely belongs to the job (clocks are read
+    one after the other and the counter last, so that a part of one interval's counter can
+    be the next one's clock), and the counter's growth since the last sample for what
+    perhaps does.
+    """
+
+    def __init__(self, account: Account) -> None:
+        counter = account.counter_ns
+        self._left = self._interval = wire.INT64_MAX
+        if counter is not None:
+            self._left = counter - account.explained_ns
+            self._interval = counter - account.counter_before_ns
+
+    def sure(self, wanted_ns: int) -> int:
+        """Give what of CPU that surely is the job's may be charged."""
+        used = min(wanted_ns, self._left)
+        self._left -= used
+        self._interval -= wanted_ns
+        return used
+
+    def perhaps(self, wanted_ns: int) -> int:
+        """Give what of CPU that perhaps is the job's may be charged."""
+        used = max(0, min(wanted_ns, self._left, self._interval))
+        self._left -= used
+        self._interval -= used
+        return used
+
+
 class Sampler:
     """Takes samples into an account. quota: executables that get a row of their own."""
 
@@ -184,17 +254,26 @@ class Sampler:
     def take(
         self,
         began_ns: int,
-        seen: Iterable[Seen],
+        seen: Sequence[Seen],
         *,
         members: Collection[int] = (),
         gone: Iterable[int] = (),
+        deaths: Sequence[Death] = (),
     ) -> None:
         """Account for one sample; the counters of the places were read after the clocks.
 
         began_ns: when the members were listed, ns since boot. seen: processes that ran
         since the last sample. members: PIDs of the job. gone: PIDs that are no more.
+        deaths: all of the host since the last sample, fetched after the clocks were read.
         """
         account = self.account
+        budget = _Budget(account)
+        # Whose PID was another's at the last sample: a death of that PID is nobody's.
+        reused = {
+            one.pid
+            for one in seen
+            if one.pid in account.images and account.images[one.pid].start_ns != one.start_ns
+        }
         certain: list[_Charge] = []
         doubtful: list[_Charge] = []
         ambiguous: list[_Charge] = []
@@ -214,12 +293,12 @@ class Sampler:
                 certain.append(_Charge(image, one))
             else:
                 ambiguous.append(_Charge(image, one, _image(one)))
-        self._charge(certain, ambiguous, moved, doubtful)
+        self._charge(budget, certain, ambiguous, moved, doubtful)
+        self._bury(budget, [d for d in deaths if d.pid not in reused], members)
         for pid in gone:
             account.images.pop(pid, None)
         if account.samples == 0:
-            charged = account.attributed_ns + account.exec_ambiguous_ns + account.moved_ns
-            account.before_ns = max(0, (account.counter_ns or 0) - charged)
+            account.before_ns = max(0, (account.counter_ns or 0) - account.explained_ns)
         account.counter_before_ns = account.counter_ns or 0
         account.samples += 1
         for place in account.places:
@@ -269,79 +348,103 @@ class Sampler:
 
     def _charge(
         self,
+        budget: _Budget,
         certain: list[_Charge],
         ambiguous: list[_Charge],
         moved: list[_Charge],
         doubtful: list[_Charge],
     ) -> None:
         account = self.account
-        counter = account.counter_ns
-        # Two bounds: the counter as a whole for what surely belongs to the job (clocks are
-        # read one after the other and the counter last, so that a part of one interval's
-        # counter can be the next one's clock), and the counter's growth since the last
-        # sample for what perhaps does.
-        left = interval = wire.INT64_MAX
-        if counter is not None:
-            charged = account.attributed_ns + account.exec_ambiguous_ns + account.moved_ns
-            left = counter - charged
-            interval = counter - account.counter_before_ns
         for charge in certain:
-            used = min(charge.delta_ns, left)
-            self._add(charge.image, charge.seen, used)
-            left -= used
-            interval -= charge.delta_ns
+            self._add(charge.image, charge.seen, budget.sure(charge.delta_ns))
         for charge in ambiguous:
-            used = min(charge.delta_ns, left)
-            account.exec_ambiguous_ns += used
-            left -= used
-            interval -= charge.delta_ns
+            account.exec_ambiguous_ns += budget.sure(charge.delta_ns)
             if charge.replaced is not None:
                 _begin(charge.replaced, charge.seen)
                 account.images[charge.image.pid] = charge.replaced
-                self._peak(charge.replaced, charge.seen)
+                self._note_peak(self._total_of(charge.replaced), charge.seen.peak_bytes)
         # Nobody knows which of them brought CPU in from elsewhere: what is too much is
         # taken from all alike.
         claimed = sum(charge.delta_ns for charge in doubtful)
-        granted = max(0, min(claimed, left, interval))
+        granted = budget.perhaps(claimed)
         for charge in doubtful:
             used = charge.delta_ns * granted // claimed if claimed else 0
             self._add(charge.image, charge.seen, used)
             charge.image.seen_ns = charge.seen.clock_ns
-            left -= used
-            interval -= used
         for charge in moved:
-            used = max(0, min(charge.delta_ns, left, interval))
-            account.moved_ns += used
-            left -= used
-            interval -= used
+            account.moved_ns += budget.perhaps(charge.delta_ns)
             charge.image.outside = True
             _begin(charge.image, charge.seen)
+
+    def _bury(self, budget: _Budget, deaths: Sequence[Death], members: Collection[int]) -> None:
+        """Charge what the job's dead used after the last sample that saw them, if one did."""
+        account = self.account
+        ours = _of_job(deaths, account.images, members)
+        buried: set[int] = set()
+        for death in deaths:
+            image = account.images.get(death.pid)
+            known = image is not None and abs(image.start_ns - death.start_ns) <= _DEATH_ERROR_NS
+            if image is None or not known or death.pid in buried:
+                if death.pid in ours:
+                    self._bury_unseen(budget, death)
+                continue
+            buried.add(death.pid)
+            delta = max(0, death.cpu_ns - image.seen_ns)
+            last = _last_words(death)
+            if image.outside:
+                if image.file == death.file:
+                    self._add(image, last, delta)
+            elif image.file == death.file:
+                self._add(image, last, budget.sure(delta))
+            else:
+                used = budget.sure(delta)
+                account.exec_ambiguous_ns += used
+                image.seen_ns += used
+
+    def _bury_unseen(self, budget: _Budget, death: Death) -> None:
+        used = budget.perhaps(death.cpu_ns)
+        if death.key is None:
+            self.account.unidentified_ns += used
+            return
+        total = self._total(*death.key)
+        total.unseen_user_us += death.user_us
+        total.unseen_system_us += death.system_us
+        total.unseen_ns += used
+        said = total.unseen_user_us + total.unseen_system_us
+        target = total.unseen_ns * total.unseen_user_us // said if said else total.unseen_ns
+        user_ns = min(max(target - total.unseen_user_ns, 0), used)
+        total.unseen_user_ns += user_ns
+        total.cpu_ns += used
+        total.user_ns += user_ns
+        self.account.attributed_ns += used
+        self._note_peak(total, death.peak_bytes)
 
     def _add(self, image: Image, seen: Seen, used_ns: int) -> None:
         image.seen_ns += used_ns
         user_ns = _user(image, seen, used_ns)
         image.user_ns += user_ns
-        total = self._total(image)
+        total = self._total_of(image)
         total.cpu_ns += used_ns
         total.user_ns += user_ns
         if image.outside:
             self.account.outside_ns += used_ns
         else:
             self.account.attributed_ns += used_ns
-        self._peak(image, seen)
+        self._note_peak(total, seen.peak_bytes)
 
-    def _peak(self, image: Image, seen: Seen) -> None:
-        if seen.peak_bytes is not None:
-            total = self._total(image)
-            total.max_rss_bytes = max(total.max_rss_bytes or 0, seen.peak_bytes)
+    def _note_peak(self, total: Total, peak_bytes: int | None) -> None:
+        if peak_bytes is not None:
+            total.max_rss_bytes = max(total.max_rss_bytes or 0, peak_bytes)
 
-    def _total(self, image: Image) -> Total:
-        outside = wire.OUTSIDE if image.outside else 0
-        key = image.path, image.flags | outside
+    def _total_of(self, image: Image) -> Total:
+        return self._total(image.path, image.flags | (wire.OUTSIDE if image.outside else 0))
+
+    def _total(self, path: bytes, flags: int) -> Total:
+        key = path, flags
         total = self._totals.get(key)
         if total is None and len(self._totals) >= self._quota:
             self._lose("executables_over_quota")
-            key = OVERFLOW[0], OVERFLOW[1] | outside
+            key = OVERFLOW[0], OVERFLOW[1] | flags & wire.OUTSIDE
             total = self._totals.get(key)
         if total is None:
             total = Total(*key)
@@ -356,6 +459,44 @@ class Sampler:
 def _image(one: Seen) -> Image:
     link, file, (path, flags) = one.executable or Executable(b"", (0, 0), UNKNOWN)
     return Image(one.pid, one.start_ns, link, file, path, flags, one.comm)
+
+
+def _last_words(death: Death) -> Seen:
+    return Seen(
+        pid=death.pid,
+        start_ns=death.start_ns,
+        parent=death.parent,
+        clock_ns=death.cpu_ns,
+        user=death.user_us // _TICK_US,
+        system=death.system_us // _TICK_US,
+        comm=b"",
+        executable=None,
+        peak_bytes=death.peak_bytes,
+    )
+
+
+def _of_job(
+    deaths: Sequence[Death], images: dict[int, Image], members: Collection[int]
+) -> set[int]:
+    """Tell which of the dead were the job's: those whose forebears were.
+
+    A child is born in its parent's cgroup. A parent is known by a sample, or has died
+    itself since the last one. Orphans cannot be told, and are left out.
+    """
+    parents = {death.pid: death.parent for death in deaths}
+    known = {pid for pid, image in images.items() if not image.outside} | set(members)
+    ours: set[int] = set()
+    for death in deaths:
+        line = [death.pid]
+        parent = death.parent
+        while parent not in known and parent not in ours and parent in parents:
+            if parent in line:
+                break
+            line.append(parent)
+            parent = parents[parent]
+        if parent in known or parent in ours:
+            ours.update(line)
+    return ours
 
 
 def _begin(image: Image, one: Seen) -> None:
@@ -385,8 +526,11 @@ def _user(image: Image, seen: Seen, used_ns: int) -> int:
     As the kernel's cputime_adjust() does, and as monotonic: neither part ever shrinks.
     """
     user, system = seen.user - image.base_user, seen.system - image.base_system
-    if user + system <= 0:
+    if user <= 0 and system <= 0:
         user, system = seen.user, seen.system
     runtime = image.seen_ns - image.base_ns
+    if user + system <= 0:
+        # Nothing said: as it was until now.
+        user, system = image.user_ns, runtime - used_ns - image.user_ns
     target = runtime * user // (user + system) if user + system > 0 else runtime
     return min(max(target - image.user_ns, 0), used_ns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 from sams_ebpf import account, bpf, cgroups, layout, slots, wire
@@ -12,9 +12,11 @@ from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.meter import Snapshot
 from sams_ebpf.programs import ProgramSet
 
+_TRIES: Final = 20  # once in a job's life
+_HARVEST_TRIES: Final = 3
+_TICK_NS: Final = 4_000_000
 _OVERFLOW: Final = layout.Name(wire.OVERFLOW, b"", b"")
 _OVERFLOW_OUTSIDE: Final = layout.Name(wire.OVERFLOW | wire.OUTSIDE, b"", b"")
-_NOBODY: Final = bytes(layout.Total.FORMAT.size)
 
 
 class BpfMeter:
@@ -37,6 +39,7 @@ class BpfMeter:
     ) -> None:
         self.loader: Literal["libbpf", "bcc"] | None = programs.loader
         self.epoch = slot.epoch
+        self.path = slot.path
         self._programs = programs
         self._id = slot.id
         self._counter = cgroups.counter(cgroup, cgroups.mounted()) if cgroup.exists() else cgroup
@@ -51,11 +54,33 @@ class BpfMeter:
 
     def _settle_what_was_before(self) -> None:
         """Note the CPU of before the take-up: what the counter has and the tasks have not."""
-        self._settle()
-        self.read_counter()
-        attributed = self._inside(self._rows())
+        attributed = self._inside(self._settled(_TRIES, enough_ns=0))
         self._claim = self._claim._replace(before_ns=max(0, self._claim.last_ns - attributed))
         slots.set_claim(self._programs, self._claim)
+
+    def _settled(self, tries: int, *, enough_ns: int) -> list[tuple[int, layout.Total]]:
+        """Settle all tasks and read their totals and the kernel's counter as of one moment.
+
+        What runs meanwhile moves both on, at ticks and whenever a clock is read: of a few
+        tries the one that was disturbed least counts, or the first by no more than
+        `enough_ns`.
+        """
+        least = None
+        rows: list[tuple[int, layout.Total]] = []
+        claim = self._claim
+        for _ in range(tries):
+            self.read_counter()
+            earlier = self._claim.last_ns
+            self._settle()
+            found = self._rows()
+            self.read_counter()
+            disturbed = self._claim.last_ns - earlier
+            if least is None or disturbed < least:
+                least, rows, claim = disturbed, found, self._claim
+            if disturbed <= enough_ns:
+                break
+        self._claim = claim
+        return rows
 
     def read_counter(self) -> None:
         """Read the kernel's counter of the job's cgroup, if it is there; the last one is kept.
@@ -81,6 +106,23 @@ class BpfMeter:
             last_read_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         )
 
+    def look(self, found: Sequence[Cgroup]) -> None:
+        """Read the counter of the job's cgroup, which may be another than before."""
+        if found and (self._counter is None or found[0].folder != self._counter.folder):
+            counter = cgroups.counter(found[0], cgroups.mounted())
+            self._counter = counter or self._counter
+        self.read_counter()
+        slots.set_claim(self._programs, self._claim)
+
+    def works(self) -> bool:
+        """Tell whether maps can be read and written, and tasks settled, as things are now."""
+        try:
+            self._settle()
+            slots.set_claim(self._programs, self._claim)
+        except (bpf.BpfError, OSError):
+            return False
+        return True
+
     def live(self) -> int:
         """Count the job's live processes, as the kernel side has counted them."""
         slot = slots.read(self._programs, self._id)
@@ -93,9 +135,7 @@ class BpfMeter:
 
     def harvest(self) -> Snapshot:
         """Settle every live task, then read all totals and the kernel's counter."""
-        self._settle()
-        self.read_counter()
-        rows = self._rows()
+        rows = self._settled(_HARVEST_TRIES, enough_ns=_TICK_NS)
         slot = slots.read(self._programs, self._id)
         if slot is None:
             raise bpf.BpfError(f"slot {self._id:#x}: released by somebody else")
@@ -127,10 +167,8 @@ class BpfMeter:
         )
 
     def _settle(self) -> None:
-        gone = bpf.run_iterator(self._programs.iterators["harvest"])
         tasks = self._programs.maps["tasks"]
-        for at in range(0, len(gone), 8):
-            key = gone[at : at + 8]
+        for key in self._programs.settle():
             row = tasks.lookup(key)
             if row is not None and row.startswith(bytes(4)):  # not taken by a new task since
                 tasks.delete(key)

@@ -27,7 +27,7 @@ from sams_receiver.archive import Flag, Item, Kind, SyncFailedError
 from sams_receiver.archive import format as fmt
 from sams_receiver.archive.aside import Aside
 from sams_receiver.archive.seen import Verdict
-from sams_receiver.auth import Client, DeniedError, Door, read_secret, split_basic
+from sams_receiver.auth import Client, DeniedError, Door, read_proxy_secret, split_basic
 from sams_receiver.config import Listener, Receiver
 from sams_receiver.metrics import CONTENT_TYPE, Metrics
 from sams_receiver.quota import Daily, Rate, short_name
@@ -40,6 +40,7 @@ _UPSTREAM_PATH: Final = re.compile(r"/([0-9]{1,19})/([A-Za-z0-9][A-Za-z0-9._-]{0
 # Bodies beyond this are decompressed in a thread and one at a time.
 _SMALL: Final = 1 << 20
 _RETRY_SECONDS: Final = 30
+_JSON: Final = {"Content-Type": "application/json"}
 
 
 class Refusal(Exception):  # noqa: N818
@@ -77,11 +78,10 @@ class _Upstream(msgspec.Struct, frozen=True):
 
 _json = msgspec.json.Decoder(_Upstream)
 _any_json = msgspec.json.Decoder()
-_pack = msgspec.msgpack.Encoder()
 
 
 class App:
-    """Answers requests. One per process; `listening` gives each listener its own front."""
+    """Answers requests. One per process, with a `Front` for each listener."""
 
     def __init__(self, config: Receiver, metrics: Metrics) -> None:
         self.config = config
@@ -104,20 +104,20 @@ class App:
     # -- who ---------------------------------------------------------------------------
 
     async def _admit(self, request: web.BaseRequest, front: Front) -> Client:
-        peer = front.peer(request)
         now = time.monotonic()
-        if self._failures.empty(peer, now):
-            self.metrics.limited.labels("failures").inc()
-            raise Refusal(429, "too many failed attempts", retry=60)
         try:
             client = await self._identify(request, front)
         except DeniedError as denied:
-            self._failures.take(peer, now)
+            peer = front.peer(request)
             self.metrics.denied.labels(str(denied.status)).inc()
-            log.warning("%s denied: %s", short_name(peer), denied.reason)
+            if peer is not None and self._failures.take(peer, now):
+                raise self._too_many_failures() from denied
+            log.warning("%s denied: %s", short_name(peer or "a proxy's client"), denied.reason)
             text = "who are you?" if denied.status == 401 else "not allowed"
             raise Refusal(denied.status, text) from denied
-        wait = self._rate.take(f"{client.method} {client.name}", now)
+        # Where nodes share one name the address tells them apart, if there is one.
+        shared = client.node is None and front.peer(request)
+        wait = self._rate.take(f"{client.method} {client.name} {shared or ''}", now)
         if wait:
             self.metrics.limited.labels("rate").inc()
             raise Refusal(429, "too many requests", retry=wait)
@@ -144,9 +144,18 @@ class App:
             known = self.door.by_known_password(user, password)
             if known is not None:
                 return known
+            # Whoever is known already is let in whatever others at this address do; only what
+            # costs something to look at is not looked at any more.
+            peer = front.peer(request)
+            if peer is not None and self._failures.empty(peer, time.monotonic()):
+                raise self._too_many_failures()
             async with self._passwords:
                 return await asyncio.to_thread(self.door.check_password, user, password)
         raise DeniedError(401, "no credentials")
+
+    def _too_many_failures(self) -> Refusal:
+        self.metrics.limited.labels("failures").inc()
+        return Refusal(429, "too many failed attempts", retry=60)
 
     # -- what --------------------------------------------------------------------------
 
@@ -219,14 +228,21 @@ class App:
         try:
             if encoding == "zstd":
                 body = await self._decompress(body, held)
-            self._allow("bytes", self._daily.bytes_left(_quota_name(client), len(body)))
+            quota_of = _quota_name(client)
+            # A client that is known as a node pays for what it sends before anybody looks at
+            # it. Clients that share one name are told apart by what they claim, after that.
+            if client.node is not None:
+                self._allow("bytes", self._daily.bytes_left(quota_of, len(body)))
             payload = self._upstream(client, body, upstream) if upstream else _batch(client, body)
         except Refusal as refusal:
             if refusal.aside:
                 self.metrics.invalid.inc()
                 self._set_aside(client, "invalid", body, refusal.reason)
             raise
-        self._allow("writers", self._daily.writer_left(_quota_name(client), payload.tag.key))
+        if client.node is None:
+            quota_of = _quota_name(client._replace(node=payload.node, cluster=payload.cluster))
+            self._allow("bytes", self._daily.bytes_left(quota_of, len(body)))
+        self._allow("writers", self._daily.writer_left(quota_of, payload.tag.key))
         return payload
 
     def _allow(self, what: str, allowed: bool) -> None:
@@ -269,18 +285,18 @@ class App:
             raise Refusal(400, "the path names another job than the body", aside=True)
         cluster = client.cluster or self.config.cluster
         vouched = _check_claims(client, cluster, core.node)
-        data = _pack.encode(
-            {
-                "cluster": cluster,
-                "job": job,
-                "node": core.node,
-                "digest": hashlib.sha256(body).digest(),
-                "name": name,
-                "body": body,
-            }
+        held = fmt.UpstreamJson(
+            cluster=cluster,
+            job=job,
+            node=core.node,
+            digest=hashlib.sha256(body).digest(),
+            name=name,
+            body=body,
         )
-        tag = fmt.tag_of(Kind.UPSTREAM_JSON, data)
-        return Payload(Kind.UPSTREAM_JSON, data, tag, cluster, core.node, vouched)
+        data = fmt.pack_upstream(held)
+        if len(data) > fmt.MAX_PAYLOAD:
+            raise Refusal(413, "more than the archive takes as one")
+        return Payload(Kind.UPSTREAM_JSON, data, held.tag, cluster, core.node, vouched)
 
     # -- how much ----------------------------------------------------------------------
 
@@ -371,7 +387,9 @@ class Front(web.Server):
         self.listener = listener
         proxy = listener.proxy
         self.proxy_secret = (
-            read_secret(proxy.secret_file) if proxy is not None and proxy.secret_file else None
+            read_proxy_secret(proxy.secret_file)
+            if proxy is not None and proxy.secret_file
+            else None
         )
         self._app = app
         self._budget = budget
@@ -416,10 +434,10 @@ class Front(web.Server):
         """Whether a request is being answered."""
         return math.inf in self._since.values()
 
-    def peer(self, request: web.BaseRequest) -> str:
-        """Address of the other side; one name for all that come through a unix socket."""
-        if self.listener.unix is not None:
-            return "unix"
+    def peer(self, request: web.BaseRequest) -> str | None:
+        """Address of the other side; None for a proxy, behind which there are many."""
+        if self.listener.proxy is not None or self.listener.unix is not None:
+            return None
         transport = request.transport
         name = transport.get_extra_info("peername") if transport is not None else None
         return str(name[0]) if name else "gone"
@@ -493,11 +511,11 @@ def _check_claims(client: Client, cluster: str | None, node: str | None) -> bool
 
 
 def _quota_name(client: Client) -> str:
-    return client.node or client.name
+    return f"{client.cluster or ''}/{client.node or client.name}"
 
 
 def _answer(status: int, body: bytes) -> web.Response:
-    return web.Response(status=status, body=body, content_type="application/json")
+    return web.Response(status=status, body=body, headers=_JSON)
 
 
 def _refuse(refusal: Refusal) -> web.Response:

@@ -11,10 +11,8 @@ import base64
 import binascii
 import hashlib
 import hmac
-import os
 import re
 import secrets
-import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from sams_ebpf import settings
 from sams_ebpf.errors import UsageError
 from sams_receiver.config import NameRule, Receiver
 
@@ -59,34 +58,25 @@ class Credential(NamedTuple):
     expires: float | None
 
 
-def read_private(path: Path) -> str:
-    """Text of a file that holds secrets. Raises UsageError if others could read or set it."""
+def _read_list(path: Path) -> str:
+    """Text of a file of credentials. Raises UsageError if others could read or set it."""
+    settings.check_secret(path)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+        text = data.decode()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"{path}: is not a regular file")
-        if status.st_mode & 0o027:
-            raise UsageError(
-                f"{path}: mode {stat.S_IMODE(status.st_mode):04o} lets others at a secret:"
-                " chmod 0640 or 0600"
-            )
-        if status.st_uid not in (0, os.geteuid()):
-            raise UsageError(f"{path}: belongs to user {status.st_uid}: chown it to root")
-        if status.st_size > MAX_FILE:
-            raise UsageError(f"{path}: larger than {MAX_FILE} bytes")
-        try:
-            return file.read(MAX_FILE).decode()
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path}: is not UTF-8 text") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is not UTF-8 text") from error
+    if len(data) > MAX_FILE:
+        raise UsageError(f"{path}: larger than {MAX_FILE} bytes")
+    return text
 
 
-def read_secret(path: Path) -> bytes:
-    """The one line of a secret file. Raises UsageError for one that is too short to be safe."""
-    text = read_private(path).strip()
+def read_proxy_secret(path: Path) -> bytes:
+    """The one line of the proxy's secret file. Raises UsageError for one short enough to guess."""
+    text = settings.read_secret(path)
     if len(text) < 32:
         raise UsageError(f"{path}: fewer than 32 characters: make one with 'openssl rand -hex 32'")
     return text.encode()
@@ -95,7 +85,7 @@ def read_secret(path: Path) -> bytes:
 def read_credentials(path: Path, secret: re.Pattern[str]) -> list[Credential]:
     """Lines `NAME SECRET [EXPIRES]`; # starts a comment. Raises UsageError with the line."""
     found = []
-    for number, line in enumerate(read_private(path).splitlines(), 1):
+    for number, line in enumerate(_read_list(path).splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:
             continue

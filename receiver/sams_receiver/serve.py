@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import ssl
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,9 @@ from pathlib import Path
 
 import uvloop
 
-from sams_ebpf.errors import SamsError, UsageError
+from sams_ebpf.errors import UsageError
+from sams_ebpf.program import notify
+from sams_ebpf.settings import check_secret
 from sams_receiver import auth, config
 from sams_receiver.app import App, Budget, Front
 from sams_receiver.archive import Appender, SyncFailedError
@@ -49,7 +50,7 @@ def check_command(arguments: argparse.Namespace) -> int:
         if listener.tls is not None:
             tls_context(listener.tls)
         if listener.proxy is not None and listener.proxy.secret_file is not None:
-            auth.read_secret(listener.proxy.secret_file)
+            auth.read_proxy_secret(listener.proxy.secret_file)
     print(f"{arguments.config}: good")
     return 0
 
@@ -180,7 +181,7 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    auth.read_private(tls.key)
+    check_secret(tls.key)
     try:
         context.load_cert_chain(tls.certificate, tls.key)
     except (OSError, ssl.SSLError) as error:
@@ -196,19 +197,3 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
     if tls.crl is not None:
         context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
     return context
-
-
-def notify(state: str) -> None:
-    """Tell systemd, if it started us: sd_notify(3)."""
-    name = os.environ.get("NOTIFY_SOCKET")
-    if not name:
-        return
-    address = f"\0{name[1:]}" if name.startswith("@") else name
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(state.encode(), address)
-    except OSError as error:
-        log.warning("systemd was not told %s: %s", state, error)
-
-
-__all__ = ["SamsError", "check_command", "command", "notify", "serve", "tls_context"]

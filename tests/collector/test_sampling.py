@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sams_ebpf import sampling, wire
-from sams_ebpf.sampling import Account, Executable, Place, Sampler, Seen
+from sams_ebpf.sampling import Account, Death, Executable, Place, Sampler, Seen
 
 SECOND = 1_000_000_000
 A = Executable(b"/bin/a", (1, 10), (b"/bin/a", 0))
@@ -62,14 +62,27 @@ def test_steady_process_loses_only_its_last_interval() -> None:
     assert bench.account.unattributed_by == {sampling.DIED: SECOND // 2}
 
 
+def test_what_the_counter_does_not_show_yet_is_counted_later() -> None:
+    """v2 counts whole µs, a process's clock ns."""
+    bench = Bench()
+    start = bench.now_ns
+    bench.sample(1000, bench.seen(5, 1999, start_ns=start))
+    bench.sample(3000, bench.seen(5, 2999, start_ns=start, parent=4), members=[4, 5])
+    assert bench.cpu(b"/bin/a") == 1000 + 1000
+    bench = Bench()
+    bench.sample(1000, bench.seen(5, 1999, start_ns=start, parent=4), members=[4, 5])
+    bench.sample(3000, bench.seen(5, 2999, start_ns=start), members=[4, 5])
+    assert bench.cpu(b"/bin/a") == 2999
+
+
 def test_an_exec_is_noticed_and_its_interval_is_nobodys() -> None:
     bench = Bench()
     start = bench.now_ns
     bench.sample(100, bench.seen(5, 100, start_ns=start))
-    bench.sample(300, bench.seen(5, 300, B, start_ns=start))
-    bench.sample(700, bench.seen(5, 700, B, start_ns=start))
+    bench.sample(5300, bench.seen(5, 300, B, start_ns=start))
+    bench.sample(5700, bench.seen(5, 700, B, start_ns=start))
     assert (bench.cpu(b"/bin/a"), bench.cpu(b"/bin/b")) == (100, 400)
-    assert bench.account.unattributed_by == {sampling.EXEC_AMBIGUOUS: 200}
+    assert bench.account.unattributed_by == {sampling.EXEC_AMBIGUOUS: 200, sampling.DIED: 5000}
 
 
 def test_a_renamed_or_deleted_file_is_no_exec() -> None:
@@ -193,6 +206,88 @@ def test_peak_memory_is_the_highest_seen() -> None:
     assert bench.account.totals[0].max_rss_bytes == 9000
 
 
+def death(bench: Bench, pid: int, cpu_ns: int, exe: Executable = A, **other: Any) -> Death:
+    fields: dict[str, Any] = {
+        "start_ns": bench.now_ns + 1_500_000_000,
+        "parent": 1,
+        "user_us": 0,
+        "system_us": 0,
+        "key": exe.key,
+    }
+    return Death(pid=pid, cpu_ns=cpu_ns, file=exe.file, **(fields | other))
+
+
+def test_the_dead_are_counted_if_their_forebears_were_the_jobs() -> None:
+    bench = Bench()
+    bench.sample(10, bench.seen(5, 10, start_ns=bench.now_ns))
+    deaths = [
+        death(bench, 30, 100, parent=20),
+        death(bench, 20, 200, parent=5, exe=B),
+        death(bench, 40, 400, parent=1),
+        death(bench, 50, 800, parent=51),
+        death(bench, 51, 800, parent=50),
+        death(bench, 60, 1600, parent=20, key=None),
+    ]
+    bench.sample(5000, deaths=deaths, members=[5])
+    assert (bench.cpu(b"/bin/a"), bench.cpu(b"/bin/b")) == (110, 200)
+    assert bench.account.unattributed_by == {
+        sampling.UNIDENTIFIED: 1600,
+        sampling.DIED: 5000 - 310 - 1600,
+    }
+
+
+def test_the_dead_get_no_more_than_the_counter_grew() -> None:
+    bench = Bench()
+    start = bench.now_ns
+    bench.sample(1000, bench.seen(5, 10, start_ns=start))
+    dead = death(bench, 30, 900, B, parent=5)
+    bench.sample(1300, bench.seen(5, 110, start_ns=start), deaths=[dead], members=[5])
+    assert (bench.cpu(b"/bin/a"), bench.cpu(b"/bin/b")) == (110, 200)
+
+
+def test_a_known_process_is_counted_to_its_death() -> None:
+    bench = Bench()
+    start = bench.now_ns
+    bench.sample(3000, *[bench.seen(pid, 100, start_ns=start) for pid in (5, 6, 7)])
+    deaths = [
+        death(bench, 5, 350, start_ns=start),
+        death(bench, 6, 350, B, start_ns=start),
+        # Another process than the one of this PID that was seen.
+        death(bench, 7, 350, start_ns=start - 10 * SECOND),
+        # And one that took the PID of the first after it.
+        death(bench, 5, 900, start_ns=start + SECOND),
+    ]
+    bench.sample(3000, deaths=deaths, gone=[5, 6, 7])
+    bench.sample(3000, deaths=deaths)
+    assert bench.cpu(b"/bin/a") == 3 * 100 + 250
+    assert bench.account.exec_ambiguous_ns == 250
+
+
+def test_a_death_of_a_reused_pid_is_nobodys() -> None:
+    bench = Bench()
+    start = bench.now_ns
+    bench.sample(3000, bench.seen(5, 100, start_ns=start))
+    again = bench.seen(5, 50, B, start_ns=bench.now_ns + 1)
+    bench.sample(3999, again, deaths=[death(bench, 5, 900, start_ns=start)], members=[5])
+    assert (bench.cpu(b"/bin/a"), bench.cpu(b"/bin/b")) == (100, 50)
+    assert bench.account.exec_ambiguous_ns == 0
+
+
+def test_split_of_the_unseen_dead_is_right_for_many() -> None:
+    bench = Bench()
+    bench.sample(0, bench.seen(5, 0, start_ns=bench.now_ns))
+    said = [(4000, 0), (0, 0), (0, 4000), (0, 4000), (0, 0), (0, 4000)]
+    deaths = [
+        death(bench, 10 + n, 1000, parent=5, user_us=user, system_us=system)
+        for n, (user, system) in enumerate(said)
+    ]
+    bench.sample(6000, deaths=deaths, members=[5])
+    (total,) = bench.account.totals
+    assert total.cpu_ns == 6000
+    # A quarter by what was said at the end; two were user time before that was known.
+    assert total.user_ns == 2000
+
+
 class Job(RuleBasedStateMachine):
     """A made-up kernel: processes burn, fork, exec, move and die between samples."""
 
@@ -203,6 +298,7 @@ class Job(RuleBasedStateMachine):
         self.pid = 10
         self.alive: dict[int, dict[str, Any]] = {}
         self.last: dict[tuple[bytes, int], tuple[int, int, int]] = {}
+        self.deaths: list[Death] = []
 
     @initialize()
     def first(self) -> None:
@@ -244,9 +340,15 @@ class Job(RuleBasedStateMachine):
         one["inside"] = not one["inside"]
 
     @precondition(lambda self: self.alive)
-    @rule(which=st.integers(0, 30))
-    def die(self, which: int) -> None:
-        del self.alive[list(self.alive)[which % len(self.alive)]]
+    @rule(which=st.integers(0, 30), told=st.booleans(), stale=st.integers(0, 4_000_000))
+    def die(self, which: int, told: bool, stale: int) -> None:
+        pid = list(self.alive)[which % len(self.alive)]
+        one = self.alive.pop(pid)
+        if told:
+            clock = max(0, one["clock"] - stale)
+            file, key = one["exe"].file, one["exe"].key if stale % 2 else None
+            start = one["start"] - stale * 100
+            self.deaths.append(Death(pid, start, one["parent"], clock, stale, 7, file, key))
 
     @rule()
     def restart(self) -> None:
@@ -274,7 +376,8 @@ class Job(RuleBasedStateMachine):
         members = [pid for pid, one in self.alive.items() if one["inside"]]
         # A counter in µs, as v2 has it: up to 999 ns behind the clocks.
         counter = max(self.bench.account.places[0].last_ns, self.counter - fraction)
-        self.bench.sample(counter, *seen, members=members, gone=gone)
+        deaths, self.deaths = self.deaths, []
+        self.bench.sample(counter, *seen, members=members, gone=gone, deaths=deaths)
 
     def pick(self, which: int) -> dict[str, Any]:
         return self.alive[list(self.alive)[which % len(self.alive)]]

@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -191,7 +193,7 @@ def test_zombies_are_counted_to_their_end(cgroup: Cgroup, burn: Path) -> None:
 
 
 def test_short_commands_between_samples_stay_unattributed(cgroup: Cgroup) -> None:
-    meter = ProcMeter([cgroup])
+    meter = ProcMeter([cgroup], listen=False)
     meter.harvest()
     process = start(cgroup, "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do /bin/true; done")
     process.wait()
@@ -199,6 +201,50 @@ def test_short_commands_between_samples_stay_unattributed(cgroup: Cgroup) -> Non
     assert check(snapshot) == 0
     assert snapshot.unattributed_by[sampling.DIED] == snapshot.cgroup_cpu_ns
     assert (snapshot.cgroup_cpu_ns or 0) > 1_000_000
+
+
+def test_the_kernel_tells_of_the_dead(cgroup: Cgroup, burn: Path, tmp_path: Path) -> None:
+    """Seen before and never seen; of one and of many threads; of known and of lost files."""
+    conftest = tmp_path / "conftest"
+    shutil.copy(burn, conftest)
+    while time.time_ns() < burn.stat().st_ctime_ns + 1_100_000_000:
+        time.sleep(0.1)
+    program = (
+        "import subprocess, sys, threading\n"
+        "def work():\n"
+        "    for command in [sys.argv[1], '60'], [sys.argv[2], '50']:\n"
+        "        subprocess.run(command, stdin=subprocess.DEVNULL)\n"
+        "    sum(range(2_000_000))\n"
+        "threads = [threading.Thread(target=work) for _ in range(3)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+    )
+    meter = ProcMeter([cgroup])
+    assert meter.not_listening == ""
+    # Three are seen: one that goes on as it is, one that starts others, one that executes.
+    seen = Burner(cgroup, burn, 20, 80)
+    seen.done()
+    pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    commands = (PYTHON.decode(), "-c", program, str(burn), str(conftest))
+    parent = start(cgroup, "sh", "-c", 'read x; "$@"; true', "sh", *commands, **pipe)
+    changing = start(cgroup, "sh", "-c", 'read x; exec "$@"', "sh", str(burn), "70", **pipe)
+    first = meter.harvest()
+    seen.go()
+    seen.done()
+    seen.end()
+    # Somebody else's process of the same file, by a name that leads nowhere, dies first.
+    subprocess.run([PYTHON, "-c", "open('/proc/self/comm', 'w').write('nowhere')"], check=True)
+    for process in (parent, changing):
+        process.communicate(b"\n")
+    conftest.unlink()
+    last = meter.harvest()
+    # A dead task's counter is as old as its last tick or switch: at most 10 ms.
+    assert cpu(last, burn) - cpu(first, burn) >= 70_000_000 + 3 * 50_000_000
+    assert cpu(last, conftest) == 0
+    assert last.unattributed_by[sampling.UNIDENTIFIED] >= 3 * 40_000_000
+    assert last.unattributed_by[sampling.EXEC_AMBIGUOUS] >= 60_000_000
+    assert cpu(last, PYTHON) >= 30_000_000
+    assert last.lost == {}
+    check(last)
 
 
 def test_what_died_before_attach_is_told(cgroup: Cgroup) -> None:
@@ -328,6 +374,27 @@ def test_a_cgroup_removed_and_made_again_is_one_job(cgroup: Cgroup, burn: Path) 
     last = meter.harvest()
     assert cpu(last, burn) == cpu(snapshot, burn) >= 60_000_000
     assert last.age_ns > 0
+    check(last)
+
+
+def test_the_counter_is_read_when_the_last_process_has_left(cgroup: Cgroup, burn: Path) -> None:
+    job = cgroups.at(f"{cgroup.folder}/job", [cgroup.hierarchy])
+    assert job is not None
+    Path(job.folder).mkdir()
+    meter = ProcMeter([job])
+    burner = Burner(job, burn, 20, 40)
+    burner.done()
+    meter.look([job])
+    before = meter.harvest()
+    burner.go()
+    burner.done()
+    burner.end()
+    meter.look([job])
+    assert cgroups.remove(job)
+    meter.look([])
+    last = meter.harvest()
+    assert (last.cgroup_cpu_ns or 0) - (before.cgroup_cpu_ns or 0) >= 40_000_000
+    assert cpu(last, burn) - cpu(before, burn) >= 30_000_000
     check(last)
 
 

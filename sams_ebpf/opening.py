@@ -1,0 +1,146 @@
+"""Which meter a job gets: its slot in the pinned programs, or samples of `/proc`.
+
+A job's slot is known by the last part of its cgroup's path (`job_N` or a SLUID): that is
+how the kernel side named it when the cgroup was made, also when the cgroup has gone
+since, and whatever cgroup namespace this process sees paths from.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from sams_ebpf import bpf, cgroups, config, host, layout, meters, pins, probe, slots
+from sams_ebpf.cgroups import Cgroup, Hierarchy
+from sams_ebpf.errors import NotPossibleError
+from sams_ebpf.host import Attempt, Choice
+from sams_ebpf.procfs import ProcMeter
+from sams_ebpf.programs import ProgramSet
+from sams_ebpf.tracing import BpfMeter
+
+# How long a job's earlier collector, told to end, may take for its last batch.
+HANDOVER_S: Final = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class Opener:
+    """Finds out once what this host can do, then opens meters for one job.
+
+    names: last parts of the path that the job's cgroup can have. cgroup: the one that was
+    named instead. Raises NotPossibleError where the mode asked for cannot be had.
+    """
+
+    def __init__(
+        self, site: config.Config, names: Sequence[str], cgroup: Cgroup | None = None
+    ) -> None:
+        self._names = [name.encode() for name in names]
+        self._site = site
+        self.hierarchies = cgroups.mounted()
+        settings = site.collector
+        self._tree = (
+            meters.tree_of_jobs(settings.cgroup_tree) if cgroup is None else cgroup.hierarchy
+        )
+        self._options = meters.options_of(settings, self._tree, site.site.node_name())
+        self._cgroup = cgroup
+        self._loader: host.Loader = "libbpf"
+        self.choice: Choice = probe.decide(self._load, mode=settings.mode, loader=settings.loader)
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether the kernel side counts, awake or not."""
+        return self.choice.mode == "bpf"
+
+    def _load(self, loader: host.Loader) -> Attempt:
+        try:
+            with pins.lock():
+                pins.load(self._options, loader, stay=False).close()
+        except (bpf.BpfError, NotPossibleError) as error:
+            return Attempt(loader, False, str(error))
+        self._loader = loader
+        return Attempt(loader, True, "loaded, or found pinned")
+
+    def sampled(self, found: Sequence[Cgroup], instance: str) -> ProcMeter:
+        """Open a meter that samples; baselines are kept in the state folder."""
+        settings = self._site.collector
+        file = settings.state / f"proc-{instance}.json"
+        return ProcMeter(
+            found, file, quota=settings.executables_per_job, hierarchies=self.hierarchies
+        )
+
+    def slot(self) -> BpfMeter | None:
+        """Claim the slot the kernel side has made for the job; None if there is none (yet).
+
+        One that a living collector of an earlier run still holds is waited for: that one
+        has been told to end.
+        """
+        deadline = time.monotonic() + HANDOVER_S
+        while True:
+            with pins.lock():
+                for used, slot in self._slots():
+                    if holder(used, slot) is None or time.monotonic() >= deadline:
+                        return self._meter(used, slot)
+                    break
+                else:
+                    return None
+            time.sleep(0.05)
+
+    def take(self, cgroup: Cgroup) -> BpfMeter:
+        """Take a slot by hand for a cgroup that the kernel side did not recognise."""
+        with pins.lock():
+            # Once more: a set without jobs that is not to stay may be gone by now.
+            used = pins.load(self._options, self._loader, stay=False)
+            return self._meter(used, slots.take(used, cgroup), cgroup)
+
+    def _meter(self, used: ProgramSet, slot: layout.Slot, cgroup: Cgroup | None = None) -> BpfMeter:
+        where = cgroup or place(os.fsdecode(slot.path), self._tree)
+        return BpfMeter(used, slot, where, let_go=pins.let_go)
+
+    def _slots(self) -> Iterator[tuple[ProgramSet, layout.Slot]]:
+        """Slots of this job in every pinned set: after an upgrade it may be in an older one."""
+        for folder in pins.folders():
+            try:
+                used = pins.open_set(folder)
+            except bpf.BpfError as error:
+                _log.warning("%s; passed over", error)
+                continue
+            found = [slot for slot in slots.used(used) if self._is_ours(folder, slot)]
+            yield from ((used, slot) for slot in found)
+            if not found:
+                used.close()
+
+    def _is_ours(self, folder: Path, slot: layout.Slot) -> bool:
+        if self._cgroup is not None:
+            same_tree = pins.is_of(folder, self._tree)
+            return same_tree and slot.path == slots.kernel_path(self._cgroup)
+        return slot.path.rpartition(b"/")[2] in self._names
+
+
+def place(path: str, tree: Hierarchy) -> Cgroup:
+    """Find where a path of the kernel's is mounted; it need not be there any more.
+
+    Inside a cgroup namespace the first parts of the path are not to be seen.
+    """
+    path = path.removeprefix(tree.root.rstrip("/"))
+    short = path
+    while short.count("/") > 1:
+        if Path(tree.folder(os.path.dirname(short))).is_dir():  # noqa: PTH120
+            return Cgroup(folder=tree.folder(short), path=short, hierarchy=tree)
+        short = short[short.index("/", 1) :]
+    return Cgroup(folder=tree.folder(path), path=path, hierarchy=tree)
+
+
+def holder(used: ProgramSet, slot: layout.Slot) -> int | None:
+    """Give the PID of the living collector that has claimed a slot; None if there is none."""
+    claim = slots.claim_of(used, slot.id)
+    if claim is None or claim.pid in (0, os.getpid()):
+        return None
+    try:
+        words = Path(f"/proc/{claim.pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return claim.pid if {b"collect", b"gc"} & set(words) else None

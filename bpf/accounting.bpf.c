@@ -11,7 +11,9 @@
 #include "maps.h"
 #include "path.h"
 
+#ifndef SAMS_BCC
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
+#endif
 
 #define INDEX(id) ((id) & 0xfff)
 #define WORDS	  (SAMS_PATH_MAX / 8)
@@ -61,7 +63,11 @@ static __always_inline void leave(u64 begin)
 	if (!cost || !all)
 		return;
 	now = bpf_ktime_get_ns();
-	spent = (now - begin) * SAMS_COST_SAMPLE;
+	spent = now - begin;
+	/* An interrupt, or a CPU that was taken away, is not the programs' own time. */
+	if (spent > SAMS_COST_MOST_NS)
+		spent = SAMS_COST_MOST_NS;
+	spent *= SAMS_COST_SAMPLE;
 	cost->sampled_ns += spent;
 	if (now - cost->window_start_ns > 1000000000ULL) {
 		cost->window_start_ns = now;
@@ -99,30 +105,7 @@ static __always_inline void read_columns(struct task_struct *task, u64 now[SAMS_
 	now[SAMS_INVOLUNTARY] = READ(task, nivcsw);
 }
 
-/*
- * What the current task has run since its counter was last brought up to date. The
- * counter of the CPU's clock (local_clock()) stands at a constant distance from rq->clock,
- * measured once; rq->clock_task is behind rq->clock by the time of interrupts and steal.
- * Negative: cannot be told here.
- */
-static __always_inline s64 running_slice(struct task_struct *current)
-{
-	struct bpf_perf_event_value value = {};
-	struct sams_cost *cost = this_cpu();
-	struct rq *rq;
-	s64 slice;
-
-	if (!option_slices || !cost || !cost->clock_samples)
-		return -1;
-	rq = run_queue(current);
-	if (!rq || READ(rq, cpu) != (int)bpf_get_smp_processor_id())
-		return -1;
-	if (bpf_perf_event_read_value(MAP(clocks), BPF_F_CURRENT_CPU, &value, sizeof(value)))
-		return -1;
-	slice = (s64)(value.counter + cost->clock_offset_ns) -
-		(s64)(READ(rq, clock) - READ(rq, clock_task)) - (s64)READ(current, se.exec_start);
-	return slice > 0 ? slice : 0;
-}
+#include "clock.h"
 
 /* ---- slots and totals ------------------------------------------------------------- */
 
@@ -686,19 +669,33 @@ static __always_inline void move_process(struct task_struct *task, struct sams_s
 	process->state = state;
 }
 
-static __always_inline void move(struct task_struct *task, struct sams_slot *to, int group)
+/*
+ * One move of cgroup_attach_task: a task, or all threads of a group, which run one image.
+ * What would be dear to tell for each thread is told once: the rows of that image in the
+ * job it comes to (`inside`), and of descendants that left the job it was in (`outside`).
+ */
+struct walk {
+	u64 at;	  /* thread_node of the next task */
+	u64 head; /* where the walk ends; 0: after one task */
+	u32 to_id;
+	u32 from_id;
+	u32 inside;
+	u32 outside;
+};
+
+static __always_inline void move(struct task_struct *task, struct walk *walk)
 {
+	struct sams_slot *to = walk->to_id ? slot_of(walk->to_id) : 0, *from;
 	u64 key = (u64)task;
 	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key), fresh = {};
-	struct sams_slot *from;
-	int with_process = group || is_leader(task);
+	int with_process = walk->head || is_leader(task);
 
 	if (!row) {
 		if (!to || READ(task, exit_state) || READ(task, flags) & PF_EXITING)
 			return; /* also a dead leader that comes along with its group */
 		fresh.slot_id = to->id;
+		fresh.index = walk->inside;
 		read_columns(task, fresh.charged);
-		fresh.index = executable_of(to, task, 0, 0, SCRATCH_MOVE);
 		if (keep_task(task, &fresh, to) && with_process)
 			move_process(task, to, to->id, 0);
 		return;
@@ -723,10 +720,10 @@ static __always_inline void move(struct task_struct *task, struct sams_slot *to,
 			row->slot_id = to->id;
 		}
 		row->state &= ~SAMS_ROW_OUTSIDE;
-		row->index = executable_of(to, task, row->state, 0, SCRATCH_MOVE);
+		row->index = walk->inside;
 	} else if (row->state & SAMS_ROW_NATIVE) {
 		row->state |= SAMS_ROW_OUTSIDE;
-		row->index = executable_of(from, task, row->state, 0, SCRATCH_MOVE);
+		row->index = row->slot_id == walk->from_id ? walk->outside : SAMS_OVERFLOW;
 	}
 	if (with_process && !(row->state & SAMS_ROW_EXITING))
 		move_process(task, to, row->slot_id, row->state);
@@ -734,22 +731,46 @@ static __always_inline void move(struct task_struct *task, struct sams_slot *to,
 		drop_task(key, from);
 }
 
-/* A move of a whole group is one event: walk its threads. Else it is of one thread. */
-struct walk {
-	u64 at;
-	u64 head;
-	u32 slot_id;
-	u32 group;
-};
-
-static long move_next(u32 i __attribute__((unused)), struct walk *walk)
+STEP move_next(u32 i __attribute__((unused)), struct walk *walk)
 {
 	if (!walk->at || walk->at == walk->head)
 		return 1;
-	move(container((void *)walk->at, struct task_struct, thread_node),
-	     walk->slot_id ? slot_of(walk->slot_id) : 0, walk->group);
+	move(container((void *)walk->at, struct task_struct, thread_node), walk);
 	walk->at = (u64)READ((struct list_head *)walk->at, next);
-	return 0;
+	return !walk->head;
+}
+
+/* A thread of the group that still has its image: a dead leader has not. */
+static __always_inline struct task_struct *with_image(struct task_struct *leader)
+{
+	struct task_struct *task = leader;
+	int i;
+
+	for (i = 0; i < 8 && !READ(task, mm); i++)
+		task = container(READ(task, thread_node.next), struct task_struct, thread_node);
+	return i < 8 ? task : leader;
+}
+
+static __always_inline void plan(struct walk *walk, struct task_struct *task)
+{
+	u64 key = (u64)READ(task, signal);
+	struct sams_process *process = bpf_map_lookup_elem(MAP(processes), &key);
+	struct sams_slot *slot;
+	u32 state = 0;
+
+	if (walk->to_id) {
+		slot = slot_of(walk->to_id);
+	} else {
+		slot = process && !(process->state & SAMS_ROW_OUTSIDE) ? slot_of(process->slot_id) : 0;
+		state = SAMS_ROW_OUTSIDE;
+	}
+	if (!slot)
+		return;
+	walk->inside = executable_of(slot, with_image(task), state, 0, SCRATCH_MOVE);
+	if (state) {
+		walk->from_id = slot->id;
+		walk->outside = walk->inside;
+	}
 }
 
 PROGRAM(on_attach, "cgroup_attach_task")
@@ -758,7 +779,7 @@ PROGRAM(on_attach, "cgroup_attach_task")
 	struct task_struct *task = (void *)ARG(2);
 	struct sams_slot *slot;
 	u64 begin, cgroup_id;
-	struct walk walk = {};
+	struct walk walk = {.outside = SAMS_OVERFLOW};
 	u32 *id;
 
 	if (READ(READ(cgroup, root), hierarchy_id) != option_hierarchy)
@@ -769,15 +790,17 @@ PROGRAM(on_attach, "cgroup_attach_task")
 	cgroup_id = cgroup_kernfs_id(cgroup);
 	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup_id);
 	if (id)
-		walk.slot_id = *id;
-	walk.group = ARG(3) & 1;
-	walk.head = (u64)READ(task, signal) +
-		    bpf_core_field_offset(struct signal_struct, thread_head);
-	walk.at = walk.group ? (u64)READ((struct list_head *)walk.head, next) :
-			       (u64)task + bpf_core_field_offset(struct task_struct, thread_node);
-	REPEAT(walk.group ? SAMS_GROUP_THREADS : 1, move_next, walk);
-	if (walk.group && walk.at != walk.head && walk.slot_id) {
-		slot = slot_of(walk.slot_id);
+		walk.to_id = *id;
+	walk.at = (u64)task + bpf_core_field_offset(struct task_struct, thread_node);
+	if (ARG(3)) {
+		walk.head = (u64)READ(task, signal) +
+			    bpf_core_field_offset(struct signal_struct, thread_head);
+		walk.at = (u64)READ((struct list_head *)walk.head, next);
+	}
+	plan(&walk, task);
+	REPEAT(SAMS_GROUP_THREADS, move_next, walk);
+	if (walk.head && walk.at != walk.head && walk.to_id) {
+		slot = slot_of(walk.to_id);
 		if (slot)
 			lose(slot, SAMS_LOST_THREADS);
 	}
@@ -787,35 +810,45 @@ PROGRAM(on_attach, "cgroup_attach_task")
 
 /* ---- cgroups come and go ---------------------------------------------------------- */
 
+/* The verifier sees that the place is within the path, whatever the compiler makes of it. */
+static __always_inline char byte_at(const char *path, u32 at)
+{
+	at &= SAMS_CGROUP_PATH - 1;
+	barrier_var(at);
+	return path[at];
+}
+
 static __always_inline int is_digit(char c)
 {
 	return c >= '0' && c <= '9';
 }
 
 /* job_<digits>, or a SLUID: "s" and 13 of Crockford's base 32. */
-static __always_inline int is_job_name(const char *name)
+static __always_inline int is_job_name(const char *path, u32 at)
 {
+	char c;
 	int i;
 
-	if (name[0] == 'j' && name[1] == 'o' && name[2] == 'b' && name[3] == '_') {
+	if (byte_at(path, at) == 'j' && byte_at(path, at + 1) == 'o' &&
+	    byte_at(path, at + 2) == 'b' && byte_at(path, at + 3) == '_') {
 		for (i = 4; i < 16; i++) {
-			if (!name[i])
+			c = byte_at(path, at + i);
+			if (!c)
 				return i > 4;
-			if (!is_digit(name[i]))
+			if (!is_digit(c))
 				return 0;
 		}
 		return 0;
 	}
-	if (name[0] != 's')
+	if (byte_at(path, at) != 's')
 		return 0;
 	for (i = 1; i < 14; i++) {
-		char c = name[i];
-
+		c = byte_at(path, at + i);
 		if (!is_digit(c) && !(c >= 'A' && c <= 'Z' && c != 'I' && c != 'L' && c != 'O' &&
 				      c != 'U'))
 			return 0;
 	}
-	return !name[14];
+	return !byte_at(path, at + 14);
 }
 
 /* Length of the folder of a job's cgroup path, without the "/uid_U" of the v1 layout. */
@@ -824,45 +857,37 @@ static __always_inline u32 parent_length(const char *path, u32 slash)
 	u32 at = slash, i;
 
 	for (i = 0; i < 11; i++) {
-		if (at < 6 || at >= SAMS_CGROUP_PATH)
+		if (at < 6)
 			return slash;
-		if (!is_digit(path[at - 1]))
+		if (!is_digit(byte_at(path, at - 1)))
 			break;
 		at--;
 	}
-	if (at == slash || at < 5 || at >= SAMS_CGROUP_PATH)
+	if (at == slash || at < 5)
 		return slash;
-	if (path[at - 5] == '/' && path[at - 4] == 'u' && path[at - 3] == 'i' &&
-	    path[at - 2] == 'd' && path[at - 1] == '_')
+	if (byte_at(path, at - 5) == '/' && byte_at(path, at - 4) == 'u' &&
+	    byte_at(path, at - 3) == 'i' && byte_at(path, at - 2) == 'd' &&
+	    byte_at(path, at - 1) == '_')
 		return at - 5;
 	return slash;
 }
 
-/* A cgroup's path, a byte at a time: its hash, and where its last slash stands. */
-struct letters {
-	const char *path;
-	u64 sum;
-	u32 length;
-	u32 slash;
-};
-
-static long letter_next(u32 i, struct letters *letters)
+/*
+ * FNV-1a of the first `*length` bytes, as `path_hash` in sams_ebpf/layout.py. Length and sum
+ * are kept in memory, where the verifier does not follow them: it would else check what
+ * comes after once for every length.
+ */
+static __always_inline u64 hash_path(const char *path, volatile u32 *length, volatile u64 *sum)
 {
-	if (i >= letters->length || i >= SAMS_CGROUP_PATH)
-		return 1;
-	if (letters->path[i] == '/')
-		letters->slash = i;
-	letters->sum = (letters->sum ^ (u8)letters->path[i]) * 0x100000001b3ULL;
-	return 0;
-}
+	u32 i;
 
-/* FNV-1a, as `path_hash` in sams_ebpf/layout.py; leaves the last slash in `letters`. */
-static __always_inline u64 hash_path(struct letters *letters, u32 length)
-{
-	letters->sum = 0xcbf29ce484222325ULL;
-	letters->length = length;
-	REPEAT(SAMS_CGROUP_PATH, letter_next, *letters);
-	return letters->sum;
+	*sum = 0xcbf29ce484222325ULL;
+	for (i = 0; i < SAMS_CGROUP_PATH; i++) {
+		if (i >= *length)
+			break;
+		*sum = (*sum ^ (u8)byte_at(path, i)) * 0x100000001b3ULL;
+	}
+	return *sum;
 }
 
 static __always_inline int is_parent(u64 hash)
@@ -870,7 +895,7 @@ static __always_inline int is_parent(u64 hash)
 	u32 i;
 
 	for (i = 0; i < SAMS_PARENTS; i++) {
-		if (i < option_parents && option_parent_hash[i] == hash)
+		if (i < option_parents && PARENT_HASH(i) == hash)
 			return 1;
 	}
 	return 0;
@@ -924,10 +949,10 @@ static __always_inline struct cgroup *enclosing(struct cgroup *cgroup)
 
 static __always_inline void new_cgroup(struct cgroup *cgroup, const char *kernel_path)
 {
-	u32 which = SCRATCH_NEW, slash, *known;
+	u32 which = SCRATCH_NEW, i, *known;
+	volatile u32 *length, *slash;
 	u64 id = cgroup_kernfs_id(cgroup), parent_id, hash;
 	struct cgroup *parent = enclosing(cgroup);
-	struct letters letters = {};
 	struct sams_slot *slot;
 	struct sams_name *room;
 	char *path;
@@ -950,19 +975,26 @@ static __always_inline void new_cgroup(struct cgroup *cgroup, const char *kernel
 	size = bpf_probe_read_kernel_str(path, SAMS_CGROUP_PATH, kernel_path);
 	if (size < 2 || size > SAMS_CGROUP_PATH - 1)
 		return; /* too long to be a job's */
-	letters.path = path;
-	hash = hash_path(&letters, size - 1);
-	slash = letters.slash;
-	if (slash > SAMS_CGROUP_PATH - 20)
-		return;
+	length = &room->length;
+	slash = &room->index;
+	*length = size - 1;
+	*slash = 0;
+	for (i = 0; i < SAMS_CGROUP_PATH; i++) {
+		if (i >= *length)
+			break;
+		if (byte_at(path, i) == '/')
+			*slash = i;
+	}
+	hash = hash_path(path, length, (u64 *)room->script);
 	known = bpf_map_lookup_elem(MAP(jobs), &hash);
 	if (known) {
 		/* The cgroup of a job that is known already: removed between steps, made again. */
 		slot = slot_of(*known);
 	} else {
-		if (!is_job_name(path + slash + 1) || (u32)bpf_get_current_uid_gid())
+		if (!is_job_name(path, *slash + 1) || (u32)bpf_get_current_uid_gid())
 			return;
-		if (!is_parent(hash_path(&letters, parent_length(path, slash))))
+		*length = parent_length(path, *slash);
+		if (!is_parent(hash_path(path, length, (u64 *)room->script)))
 			return;
 		slot = new_slot(path, hash);
 	}
@@ -1006,28 +1038,19 @@ PROGRAM(on_rmdir, "cgroup_rmdir")
 
 /* ---- run by the collector --------------------------------------------------------- */
 
-/*
- * Settle every task that has a row, the dead ones included whose free is still to come.
- * Writes the keys of rows whose task has gone unseen, for the collector to delete.
- */
-SEC("iter/bpf_map_elem")
-int harvest(struct bpf_iter__bpf_map_elem *ctx)
+/* Settle the task of a row, a dead one too whose free is still to come. 1: it went unseen. */
+static __always_inline int settle_row(u64 key)
 {
-	u64 *key_now = ctx->key, key, now[SAMS_COLUMNS];
-	struct task_struct *task;
+	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
+	struct task_struct *task = (void *)key;
+	u64 now[SAMS_COLUMNS];
 	struct sams_counters *counters;
 	struct sams_slot *slot;
-	struct sams_task *row;
 	struct mm_struct *mm;
 	int dead;
 
-	if (!key_now)
-		return 0;
-	key = *key_now;
-	row = bpf_map_lookup_elem(MAP(tasks), &key);
 	if (!row)
 		return 0;
-	task = (void *)key;
 	slot = slot_of(row->slot_id);
 	read_columns(task, now);
 	mm = READ(task, mm);
@@ -1040,8 +1063,7 @@ int harvest(struct bpf_iter__bpf_map_elem *ctx)
 			__sync_fetch_and_add(&slot->tasks, -1);
 		}
 		row->slot_id = 0;
-		bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
-		return 0;
+		return 1;
 	}
 	counters = counters_of(slot, row->index, row->state);
 	settle(row, counters, now, dead ? BOUNDARY : FORWARD);
@@ -1052,26 +1074,22 @@ int harvest(struct bpf_iter__bpf_map_elem *ctx)
 	return 0;
 }
 
-/* Take up the tasks that were in a job's cgroup before the programs were. */
-SEC("iter/task")
-int adopt(struct bpf_iter__task *ctx)
+/* Take up a task that was in a job's cgroup before the programs were. */
+static __always_inline void take_up(struct task_struct *task)
 {
-	struct task_struct *task = ctx->task;
 	struct sams_task row = {};
 	struct sams_slot *slot;
 	u64 cgroup, key;
 	u32 *id;
 
-	if (!task)
-		return 0;
 	cgroup = cgroup_of(task);
 	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
 	slot = id ? slot_of(*id) : 0;
 	key = (u64)task;
 	if (!slot || bpf_map_lookup_elem(MAP(tasks), &key))
-		return 0;
+		return;
 	if (READ(task, exit_state) || READ(task, flags) & PF_EXITING)
-		return 0;
+		return;
 	row.slot_id = slot->id;
 	read_columns(task, row.charged);
 	row.index = executable_of(slot, task, 0, 0, SCRATCH_ADOPT);
@@ -1079,29 +1097,64 @@ int adopt(struct bpf_iter__task *ctx)
 		__sync_fetch_and_add(&slot->adopted, 1);
 		__sync_fetch_and_add(&slot->live, 1);
 	}
-	return 0;
 }
 
-/*
- * Attached for a moment by the loader: how far this CPU's clock counter is from its run
- * queue's clock, which is fresh at a switch. What is read later only makes the distance
- * look smaller, so the largest is the right one.
- */
-PROGRAM(on_calibrate, "sched_switch")
+#ifndef SAMS_BCC
+/* Over all rows; writes the keys of those whose task has gone unseen, for the collector to
+ * delete. */
+SEC("iter/bpf_map_elem")
+int harvest(struct bpf_iter__bpf_map_elem *ctx)
 {
-	struct bpf_perf_event_value value = {};
-	struct sams_cost *cost = this_cpu();
-	struct rq *rq = run_queue((void *)ARG(2));
-	s64 offset;
+	u64 *key_now = ctx->key, key;
 
-	if (!cost || !rq || READ(rq, cpu) != (int)bpf_get_smp_processor_id())
+	if (!key_now)
 		return 0;
-	offset = READ(rq, clock);
-	if (bpf_perf_event_read_value(MAP(clocks), BPF_F_CURRENT_CPU, &value, sizeof(value)))
-		return 0;
-	offset -= value.counter;
-	if (!cost->clock_samples || offset > cost->clock_offset_ns)
-		cost->clock_offset_ns = offset;
-	cost->clock_samples++;
+	key = *key_now;
+	if (settle_row(key))
+		bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
 	return 0;
 }
+
+SEC("iter/task")
+int adopt(struct bpf_iter__task *ctx)
+{
+	struct task_struct *task = ctx->task;
+
+	if (task)
+		take_up(task);
+	return 0;
+}
+#else
+/*
+ * Iterators need kernel BTF. Without it the collector runs these by hand, for one row or
+ * task at a time (BPF_PROG_TEST_RUN of raw tracepoints, 1b4d60ec162f ("bpf: Enable
+ * BPF_PROG_TEST_RUN for raw_tracepoint") (in v5.10)).
+ */
+PROGRAM(harvest, "")
+{
+	return settle_row(ARG(0));
+}
+
+#define SAMS_PROCESSES 4096 /* looked through for a process */
+#define SAMS_THREADS   512  /* looked through for one of its threads */
+
+/* Arguments: process and thread, as numbers of the first PID namespace. 1: not found. */
+PROGRAM(adopt, "")
+{
+	struct task_struct *leader = (void *)bpf_get_current_task(), *task;
+	int pid = ARG(0), tid = ARG(1), i;
+
+	leader = READ(leader, group_leader);
+	for (i = 0; i < SAMS_PROCESSES && READ(leader, pid) != pid; i++)
+		leader = container(READ(leader, tasks.next), struct task_struct, tasks);
+	if (i == SAMS_PROCESSES)
+		return 1;
+	task = leader;
+	for (i = 0; i < SAMS_THREADS && READ(task, pid) != tid; i++)
+		task = container(READ(task, thread_node.next), struct task_struct, thread_node);
+	if (i == SAMS_THREADS)
+		return 1;
+	take_up(task);
+	return 0;
+}
+#endif

@@ -103,7 +103,7 @@ class Spool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Where batches wait on the node, and how much of the disk they may take."""
 
     folder: Path = Path("/var/spool/sams-ebpf")
-    max_bytes: Annotated[int, Meta(ge=1 << 16, le=1 << 50)] = 1 << 30
+    max_bytes: Annotated[int, Meta(ge=1 << 16, le=1 << 50)] = 256 << 20
     max_age_s: Seconds = 30 * 86400
     keep_free_bytes: Bytes = 256 << 20
     rejected_max_bytes: Bytes = 64 << 20

@@ -12,7 +12,9 @@ import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import pki
 import pytest
 import shipping
 from shipping import Receiver, configure, fill, once, service, until, waiting
@@ -404,7 +406,7 @@ def kill_until_empty(
             process.kill()
             process.wait()
     with service(config):
-        until(lambda: not waiting(folder))
+        until(lambda: not waiting(folder), 240)
     return sent
 
 
@@ -425,6 +427,7 @@ def test_killed_at_random_moments(
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_at_many_random_moments(
     tmp_path: Path, folder: Path, receiver: Receiver, second: Receiver, seed: int
@@ -432,8 +435,8 @@ def test_killed_at_many_random_moments(
     targets = {"a": {"url": receiver.url}, "b": {"url": second.url}}
     config = configure(tmp_path / "c.yaml", folder, targets)
     chance = random.Random(seed)
-    receiver.behave = shipping.mostly(chance, 0.2, shipping.reset, shipping.status(503))
-    second.behave = shipping.mostly(chance, 0.2, shipping.hang(0.05), shipping.status(500))
+    receiver.behave = shipping.mostly(chance, 0.1, shipping.reset, shipping.status(503))
+    second.behave = shipping.mostly(chance, 0.1, shipping.hang(0.05), shipping.status(500))
     sent = kill_until_empty(folder, config, 10, chance, 150)
     assert sorted(receiver.stored) == sorted(second.stored) == sorted(sent)
     assert waiting(folder) == []
@@ -442,17 +445,35 @@ def test_killed_at_many_random_moments(
 # TLS and credentials -------------------------------------------------------------------
 
 
+class Pair(NamedTuple):
+    certificate: str
+    key: str
+
+
 @pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return shipping.certificates(tmp_path_factory.mktemp("pki"))
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    """By name; of an authority the key is not used."""
+    folder = tmp_path_factory.mktemp("pki")
+    pairs = {name: Pair(str(pki.authority(folder, name)), "") for name in ("ca", "stranger-ca")}
+    for name, ca, host, days in (
+        ("server", "ca", "localhost", 2),
+        ("expired", "ca", "localhost", -1),
+        ("elsewhere", "ca", "example.org", 2),
+        ("client", "ca", "n1", 2),
+        ("stranger", "stranger-ca", "n1", 2),
+    ):
+        pairs[name] = Pair(
+            *pki.certificate(folder, ca, name, f"/CN={host}", days=days, alternative=f"DNS:{host}")
+        )
+    return pairs
 
 
-def server_side(pki: dict[str, Path], name: str, client_ca: str | None = None) -> ssl.SSLContext:
+def server_side(pair: Pair, client_ca: str | None = None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pki[name], pki[f"{name}.key"])
+    context.load_cert_chain(*pair)
     if client_ca:
         context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(pki[client_ca])
+        context.load_verify_locations(client_ca)
     return context
 
 
@@ -469,13 +490,13 @@ def server_side(pki: dict[str, Path], name: str, client_ca: str | None = None) -
 def test_the_receiver_s_certificate_is_checked(  # noqa: PLR0917
     tmp_path: Path,
     folder: Path,
-    pki: dict[str, Path],
+    made: dict[str, Pair],
     server: str,
     ca: str | None,
     reason: str | None,
 ) -> None:
-    with Receiver(server_side(pki, server)) as receiver:
-        target = {"url": receiver.url} | ({"ca_file": str(pki[ca])} if ca else {})
+    with Receiver(server_side(made[server])) as receiver:
+        target = {"url": receiver.url} | ({"ca_file": made[ca].certificate} if ca else {})
         config = configure(tmp_path / "c.yaml", folder, {"main": target})
         fill(folder, 2)
         ran = once(config)
@@ -489,14 +510,14 @@ def test_the_receiver_s_certificate_is_checked(  # noqa: PLR0917
 
 @pytest.mark.parametrize(("client", "good"), [("client", True), ("stranger", False), (None, False)])
 def test_the_node_shows_its_certificate(
-    tmp_path: Path, folder: Path, pki: dict[str, Path], client: str | None, good: bool
+    tmp_path: Path, folder: Path, made: dict[str, Pair], client: str | None, good: bool
 ) -> None:
-    with Receiver(server_side(pki, "server", "ca")) as receiver:
-        target = {"url": receiver.url, "ca_file": str(pki["ca"])}
+    with Receiver(server_side(made["server"], made["ca"].certificate)) as receiver:
+        target = {"url": receiver.url, "ca_file": made["ca"].certificate}
         if client:
             target |= {
-                "client_certificate": str(pki[client]),
-                "client_key": str(pki[f"{client}.key"]),
+                "client_certificate": made[client].certificate,
+                "client_key": made[client].key,
             }
         config = configure(tmp_path / "c.yaml", folder, {"main": target})
         fill(folder, 2)

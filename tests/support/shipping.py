@@ -301,39 +301,3 @@ def hang(seconds: float, *, store: bool = True) -> Behaviour:
 def mostly(chance: random.Random, share: float, *behaviours: Behaviour) -> Callable[[int], Any]:
     """Misbehave in this share of requests, in one of these ways."""
     return lambda _number: chance.choice(behaviours) if chance.random() < share else None
-
-
-def certificates(folder: Path) -> dict[str, Path]:
-    """A CA, a server for localhost, an expired one, a client, and a stranger's CA and client."""
-    made: dict[str, Path] = {}
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(
-            ["openssl", *arguments], check=True, capture_output=True, timeout=60, cwd=folder
-        )
-
-    def key(name: str) -> None:
-        openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", f"{name}.key")
-        (folder / f"{name}.key").chmod(0o600)
-        made[f"{name}.key"] = folder / f"{name}.key"
-        made[name] = folder / f"{name}.pem"
-
-    for ca in ("ca", "stranger-ca"):
-        key(ca)
-        openssl("req", "-x509", "-key", f"{ca}.key", "-out", f"{ca}.pem", "-days", "2",
-                "-subj", f"/CN={ca}", "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
-    for name, ca, subject, days in (
-        ("server", "ca", "localhost", "2"),
-        ("expired", "ca", "localhost", "-1"),
-        ("elsewhere", "ca", "example.org", "2"),
-        ("client", "ca", "n1", "2"),
-        ("stranger", "stranger-ca", "n1", "2"),
-    ):
-        key(name)
-        openssl("req", "-new", "-key", f"{name}.key", "-out", f"{name}.csr",
-                "-subj", f"/CN={subject}")  # fmt: skip
-        (folder / "ext").write_text(f"subjectAltName=DNS:{subject}\n")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{ca}.pem", "-CAkey", f"{ca}.key",
-                "-CAcreateserial", "-days", days, "-out", f"{name}.pem",
-                "-extfile", "ext")  # fmt: skip
-    return made

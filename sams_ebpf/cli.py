@@ -66,6 +66,7 @@ def _node(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     unload.set_defaults(handler=_later("sams_ebpf.node", "unload"))
     gc = commands.add_parser("gc", help="remove programs that nobody needs any more")
+    _config(gc)
     gc.set_defaults(handler=_later("sams_ebpf.node", "gc"))
 
 

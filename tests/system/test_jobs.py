@@ -101,7 +101,8 @@ def check(run: Run, figures: dict[str, int], *, slack_ns: int = 0) -> None:
     assert last.final.live == 0
     assert len(run.finals) == 1
     ledger = run.ledger
-    assert not ledger.lost
+    # A death that the default set-up did not see is counted, and within the tolerance.
+    assert set(ledger.lost) <= {"missed_deaths"}
     # slurmstepd leaves the job's cgroup to remove it.
     outside = [r for r in last.records if r.flags & wire.OUTSIDE]
     assert all(b"slurmstepd" in r.path for r in outside)
@@ -231,6 +232,7 @@ def test_nothing_is_left_over(site: Site, jobs: Jobs) -> None:
     assert site.job_folders() == []
     assert site.status()["programs"]["slots_used"] == 0
     opened = site.machine.path("/var/lib/sams-ebpf/open")
+    assert opened.is_dir()
     assert list(opened.iterdir()) == []
     assert {run.claims.job_id for run in site.runs()} == {*jobs.once, jobs.requeued}
 

@@ -92,7 +92,7 @@ class Site:
                 f"system.slice/{host}_slurmstepd.scope",
             )
         ]
-        section = {"cgroup_parents": parents, **collector}
+        section = {"cgroup_parents": parents, "interval_s": 2, **collector}
         # JSON is YAML.
         self.machine.write(CONFIG, json.dumps({"collector": section}))
 

@@ -16,7 +16,7 @@ from testbed.slurm import Slurm
 
 from sams_ebpf import leftovers
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 DROP_IN = "/etc/systemd/system/sams-ebpf@.service.d/test.conf"
 UNIT = "/etc/systemd/system/sams-ebpf@.service"
@@ -104,8 +104,14 @@ def test_killed_slurm_daemons_close_the_job_with_what_is_known(node: Site) -> No
     assert final.reason in ("grace-period", "cgroup-removed")
     node.configure()
     node.machine.systemctl("restart", "slurmd")
-    node.machine.run(["scontrol", "update", f"nodename={node.machine.hostname}", "state=resume"])
-    node.slurm.wait_idle()
+    # Where the controller has noticed, it has to be told that the node is well again.
+    resume = ["scontrol", "update", f"nodename={node.machine.hostname}", "state=resume"]
+
+    def idle() -> bool:
+        node.machine.run(resume, check=False)
+        return node.slurm.is_idle()
+
+    wait_for("an idle node", idle, seconds=90)
 
 
 def test_run_requeued_after_an_epilog_that_never_ran(node: Site) -> None:
@@ -189,8 +195,9 @@ def test_unknown_job(node: Site) -> None:
     wait_for("the collector", lambda: main_pid(node, 999999))
     node.machine.systemctl("stop", "sams-ebpf@999999.service")
     assert node.units() == []
-    (line,) = clear_lines(node, 999999)
-    assert "999999" in line
+    no_file, no_job = clear_lines(node, 999999)
+    assert "999999/env: cannot be read" in no_file
+    assert "no cgroup of job 999999 was found" in no_job
     for run in node.of(999999):
         assert run.ledger.attributed_cpu_ns == 0
 

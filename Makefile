@@ -11,8 +11,13 @@ APT_TEST  += nginx-light openssl e2fsprogs
 APT_TEST  += systemd dbus iproute2 util-linux slurmctld slurmd slurm-client munge
 APT_TEST  += iptables iproute2 openssl util-linux
 APT_TEST  += nginx-light openssl e2fsprogs
+# A state that several hosts share.
+APT_TEST  += postgresql-15
 # A lossy link, certificates.
 APT_TEST  += iptables openssl
+# `vagrant validate`; `make test-vm`.
+APT_TEST  += vagrant
+APT_VM    := qemu-system-x86 debootstrap e2fsprogs busybox-static user-mode-linux
 APT_BENCH := acct bpftrace libbpf-tools
 
 # Installs the packages that are missing, and says so only then.
@@ -42,6 +47,10 @@ bpf-objects: $(BIN)/.installed
 	@$(BIN)/python hatch_build.py >/dev/null
 .PHONY: bpf-objects
 
+## demo     a real job through collector, receiver, aggregator, to a report
+demo: setup apt-test bpf-objects
+	$(BIN)/python -m bench.demo
+
 ## lint     ruff and mypy
 lint: setup
 	$(BIN)/ruff check .
@@ -62,3 +71,10 @@ bench: setup apt-test apt-bench bpf-objects
 ## soak     the long repetitions: hours, and to be run before a release
 soak: setup apt-test bpf-objects
 	$(PYTEST) -m soak --timeout 3600
+
+## test-vm  boot the kernels of vagrant/kernels.yaml, write docs/kernels.md (VM="row …": only these)
+.PHONY: apt-vm
+apt-vm:
+	$(call apt,$(APT_VM))
+test-vm: setup apt-vm bpf-objects
+	$(BIN)/python vagrant/vm.py $(VM)

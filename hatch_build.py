@@ -57,6 +57,9 @@ def compile_objects(root: Path) -> list[Path]:
         )
         subprocess.run([strip, "-g", str(target)], check=True)
         built.append(target)
+    # BCC compiles the sources on the node.
+    shutil.rmtree(out / "src", ignore_errors=True)
+    shutil.copytree(root / "bpf", out / "src")
     return built
 
 

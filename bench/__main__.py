@@ -27,6 +27,7 @@ NAMES: tuple[str, ...] = (
     "archive_size",
     "receiver_speed",
     "receiver_memory",
+    "rules",
 )
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks

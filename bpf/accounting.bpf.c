@@ -11,7 +11,9 @@
 #include "maps.h"
 #include "path.h"
 
+#ifndef SAMS_BCC
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
+#endif
 
 #define INDEX(id) ((id) & 0xfff)
 #define WORDS	  (SAMS_PATH_MAX / 8)
@@ -61,7 +63,11 @@ static __always_inline void leave(u64 begin)
 	if (!cost || !all)
 		return;
 	now = bpf_ktime_get_ns();
-	spent = (now - begin) * SAMS_COST_SAMPLE;
+	spent = now - begin;
+	/* An interrupt, or a CPU that was taken away, is not the programs' own time. */
+	if (spent > SAMS_COST_MOST_NS)
+		spent = SAMS_COST_MOST_NS;
+	spent *= SAMS_COST_SAMPLE;
 	cost->sampled_ns += spent;
 	if (now - cost->window_start_ns > 1000000000ULL) {
 		cost->window_start_ns = now;
@@ -99,30 +105,7 @@ static __always_inline void read_columns(struct task_struct *task, u64 now[SAMS_
 	now[SAMS_INVOLUNTARY] = READ(task, nivcsw);
 }
 
-/*
- * What the current task has run since its counter was last brought up to date. The
- * counter of the CPU's clock (local_clock()) stands at a constant distance from rq->clock,
- * measured once; rq->clock_task is behind rq->clock by the time of interrupts and steal.
- * Negative: cannot be told here.
- */
-static __always_inline s64 running_slice(struct task_struct *current)
-{
-	struct bpf_perf_event_value value = {};
-	struct sams_cost *cost = this_cpu();
-	struct rq *rq;
-	s64 slice;
-
-	if (!option_slices || !cost || !cost->clock_samples)
-		return -1;
-	rq = run_queue(current);
-	if (!rq || READ(rq, cpu) != (int)bpf_get_smp_processor_id())
-		return -1;
-	if (bpf_perf_event_read_value(MAP(clocks), BPF_F_CURRENT_CPU, &value, sizeof(value)))
-		return -1;
-	slice = (s64)(value.counter + cost->clock_offset_ns) -
-		(s64)(READ(rq, clock) - READ(rq, clock_task)) - (s64)READ(current, se.exec_start);
-	return slice > 0 ? slice : 0;
-}
+#include "clock.h"
 
 /* ---- slots and totals ------------------------------------------------------------- */
 
@@ -912,7 +895,7 @@ static __always_inline int is_parent(u64 hash)
 	u32 i;
 
 	for (i = 0; i < SAMS_PARENTS; i++) {
-		if (i < option_parents && option_parent_hash[i] == hash)
+		if (i < option_parents && PARENT_HASH(i) == hash)
 			return 1;
 	}
 	return 0;
@@ -1055,28 +1038,19 @@ PROGRAM(on_rmdir, "cgroup_rmdir")
 
 /* ---- run by the collector --------------------------------------------------------- */
 
-/*
- * Settle every task that has a row, the dead ones included whose free is still to come.
- * Writes the keys of rows whose task has gone unseen, for the collector to delete.
- */
-SEC("iter/bpf_map_elem")
-int harvest(struct bpf_iter__bpf_map_elem *ctx)
+/* Settle the task of a row, a dead one too whose free is still to come. 1: it went unseen. */
+static __always_inline int settle_row(u64 key)
 {
-	u64 *key_now = ctx->key, key, now[SAMS_COLUMNS];
-	struct task_struct *task;
+	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
+	struct task_struct *task = (void *)key;
+	u64 now[SAMS_COLUMNS];
 	struct sams_counters *counters;
 	struct sams_slot *slot;
-	struct sams_task *row;
 	struct mm_struct *mm;
 	int dead;
 
-	if (!key_now)
-		return 0;
-	key = *key_now;
-	row = bpf_map_lookup_elem(MAP(tasks), &key);
 	if (!row)
 		return 0;
-	task = (void *)key;
 	slot = slot_of(row->slot_id);
 	read_columns(task, now);
 	mm = READ(task, mm);
@@ -1089,8 +1063,7 @@ int harvest(struct bpf_iter__bpf_map_elem *ctx)
 			__sync_fetch_and_add(&slot->tasks, -1);
 		}
 		row->slot_id = 0;
-		bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
-		return 0;
+		return 1;
 	}
 	counters = counters_of(slot, row->index, row->state);
 	settle(row, counters, now, dead ? BOUNDARY : FORWARD);
@@ -1101,26 +1074,22 @@ int harvest(struct bpf_iter__bpf_map_elem *ctx)
 	return 0;
 }
 
-/* Take up the tasks that were in a job's cgroup before the programs were. */
-SEC("iter/task")
-int adopt(struct bpf_iter__task *ctx)
+/* Take up a task that was in a job's cgroup before the programs were. */
+static __always_inline void take_up(struct task_struct *task)
 {
-	struct task_struct *task = ctx->task;
 	struct sams_task row = {};
 	struct sams_slot *slot;
 	u64 cgroup, key;
 	u32 *id;
 
-	if (!task)
-		return 0;
 	cgroup = cgroup_of(task);
 	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
 	slot = id ? slot_of(*id) : 0;
 	key = (u64)task;
 	if (!slot || bpf_map_lookup_elem(MAP(tasks), &key))
-		return 0;
+		return;
 	if (READ(task, exit_state) || READ(task, flags) & PF_EXITING)
-		return 0;
+		return;
 	row.slot_id = slot->id;
 	read_columns(task, row.charged);
 	row.index = executable_of(slot, task, 0, 0, SCRATCH_ADOPT);
@@ -1128,29 +1097,64 @@ int adopt(struct bpf_iter__task *ctx)
 		__sync_fetch_and_add(&slot->adopted, 1);
 		__sync_fetch_and_add(&slot->live, 1);
 	}
-	return 0;
 }
 
-/*
- * Attached for a moment by the loader: how far this CPU's clock counter is from its run
- * queue's clock, which is fresh at a switch. What is read later only makes the distance
- * look smaller, so the largest is the right one.
- */
-PROGRAM(on_calibrate, "sched_switch")
+#ifndef SAMS_BCC
+/* Over all rows; writes the keys of those whose task has gone unseen, for the collector to
+ * delete. */
+SEC("iter/bpf_map_elem")
+int harvest(struct bpf_iter__bpf_map_elem *ctx)
 {
-	struct bpf_perf_event_value value = {};
-	struct sams_cost *cost = this_cpu();
-	struct rq *rq = run_queue((void *)ARG(2));
-	s64 offset;
+	u64 *key_now = ctx->key, key;
 
-	if (!cost || !rq || READ(rq, cpu) != (int)bpf_get_smp_processor_id())
+	if (!key_now)
 		return 0;
-	offset = READ(rq, clock);
-	if (bpf_perf_event_read_value(MAP(clocks), BPF_F_CURRENT_CPU, &value, sizeof(value)))
-		return 0;
-	offset -= value.counter;
-	if (!cost->clock_samples || offset > cost->clock_offset_ns)
-		cost->clock_offset_ns = offset;
-	cost->clock_samples++;
+	key = *key_now;
+	if (settle_row(key))
+		bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
 	return 0;
 }
+
+SEC("iter/task")
+int adopt(struct bpf_iter__task *ctx)
+{
+	struct task_struct *task = ctx->task;
+
+	if (task)
+		take_up(task);
+	return 0;
+}
+#else
+/*
+ * Iterators need kernel BTF. Without it the collector runs these by hand, for one row or
+ * task at a time (BPF_PROG_TEST_RUN of raw tracepoints, 1b4d60ec162f ("bpf: Enable
+ * BPF_PROG_TEST_RUN for raw_tracepoint") (in v5.10)).
+ */
+PROGRAM(harvest, "")
+{
+	return settle_row(ARG(0));
+}
+
+#define SAMS_PROCESSES 4096 /* looked through for a process */
+#define SAMS_THREADS   512  /* looked through for one of its threads */
+
+/* Arguments: process and thread, as numbers of the first PID namespace. 1: not found. */
+PROGRAM(adopt, "")
+{
+	struct task_struct *leader = (void *)bpf_get_current_task(), *task;
+	int pid = ARG(0), tid = ARG(1), i;
+
+	leader = READ(leader, group_leader);
+	for (i = 0; i < SAMS_PROCESSES && READ(leader, pid) != pid; i++)
+		leader = container(READ(leader, tasks.next), struct task_struct, tasks);
+	if (i == SAMS_PROCESSES)
+		return 1;
+	task = leader;
+	for (i = 0; i < SAMS_THREADS && READ(task, pid) != tid; i++)
+		task = container(READ(task, thread_node.next), struct task_struct, thread_node);
+	if (i == SAMS_THREADS)
+		return 1;
+	take_up(task);
+	return 0;
+}
+#endif

@@ -7,6 +7,10 @@
 #ifndef SAMS_KERNEL_COMPAT_H
 #define SAMS_KERNEL_COMPAT_H
 
+#ifdef SAMS_BCC
+#include "bcc.h"
+#include "record.h"
+#else
 #include "kernel_types.h"
 #include "record.h"
 #include <bpf/bpf_core_read.h>
@@ -19,7 +23,6 @@
 #define PROGRAM(name, tracepoint) \
 	SEC("raw_tp/" tracepoint) \
 	int name(struct bpf_raw_tracepoint_args *ctx)
-#define ARG(n) (ctx->args[n])
 
 /* READ(pointer, field.of.it): one probe read; the value is 0 where it cannot be read. */
 #define READ(pointer, field)                                                                 \
@@ -32,9 +35,13 @@
 
 #define TASK_DEAD     0x80
 #define PF_EXITING    0x4
+#endif
+
+#define ARG(n) (ctx->args[n])
 #define container(pointer, type, member) \
 	((type *)((char *)(pointer) - bpf_core_field_offset(type, member)))
 
+#ifndef SAMS_BCC
 static __always_inline u32 task_state(struct task_struct *task)
 {
 	struct task_struct___before_5_14 *old = (void *)task;
@@ -77,6 +84,7 @@ static __always_inline struct rq *run_queue(struct task_struct *task)
 	cfs_rq = READ(task, se.cfs_rq);
 	return cfs_rq ? READ(cfs_rq, rq) : 0;
 }
+#endif
 
 static __always_inline u32 mount_namespace(struct task_struct *task)
 {
@@ -97,10 +105,12 @@ static __always_inline u64 cgroup_kernfs_id(struct cgroup *cgroup)
 
 /* Place of a v1 controller in css_set.subsys, negative for the v2 tree and for a controller
  * that this kernel was built without. */
+#ifndef SAMS_BCC
 #define SSID(name)                                                                  \
 	(bpf_core_enum_value_exists(enum cgroup_subsys_id, name##_cgrp_id) ?        \
 		 (int)bpf_core_enum_value(enum cgroup_subsys_id, name##_cgrp_id) : \
 		 -1)
+#endif
 
 static __always_inline int ssid_of(u32 controller)
 {

@@ -9,6 +9,7 @@
 #include "kernel_compat.h"
 #include "record.h"
 
+#ifndef SAMS_BCC
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 32768);
@@ -111,6 +112,7 @@ struct {
 	__type(key, u32);
 	__type(value, u32);
 } clocks SEC(".maps");
+#endif
 
 /* Options, set by the loader before the programs are loaded; constant from then on. */
 OPTION(u32, option_controller, 0);   /* whose tree: enum sams_controller */
@@ -121,6 +123,32 @@ OPTION(u32, option_slices, 1);	     /* the CPU clocks are there */
 OPTION(u64, option_seed, 0);	     /* of the executables' hash */
 OPTION(u64, option_limit_ns, 0);     /* of the programs' own time per CPU and second, 0: none */
 OPTION(u32, option_parents, 0);	     /* how many of the following are in use */
+#ifndef SAMS_BCC
 const volatile u64 option_parent_hash[SAMS_PARENTS] = {}; /* of folders of job cgroups */
+#define PARENT_HASH(i) option_parent_hash[i]
+#else
+static __always_inline u64 parent_hash(u32 i)
+{
+	switch (i) {
+	case 0:
+		return PARENT_0;
+	case 1:
+		return PARENT_1;
+	case 2:
+		return PARENT_2;
+	case 3:
+		return PARENT_3;
+	case 4:
+		return PARENT_4;
+	case 5:
+		return PARENT_5;
+	case 6:
+		return PARENT_6;
+	default:
+		return PARENT_7;
+	}
+}
+#define PARENT_HASH(i) parent_hash(i)
+#endif
 
 #endif

@@ -76,6 +76,7 @@ _PROTOTYPES: Final = {
     "bpf_raw_tracepoint_open": (_INT, [_CHARS, _INT]),
     "bpf_link_create": (_INT, [_INT, _INT, _INT, _VP]),
     "bpf_iter_create": (_INT, [_INT]),
+    "bpf_prog_test_run_opts": (_INT, [_INT, _VP]),
 }
 
 
@@ -231,13 +232,61 @@ def run_iterator(link_fd: int) -> bytes:
         os.close(fd)
 
 
+class _RunOptions(ctypes.Structure):  # struct bpf_test_run_opts of libbpf
+    _fields_ = (
+        ("sz", _SIZE),
+        ("data_in", _VP),
+        ("data_out", _VP),
+        ("data_size_in", _U32),
+        ("data_size_out", _U32),
+        ("ctx_in", _VP),
+        ("ctx_out", _VP),
+        ("ctx_size_in", _U32),
+        ("ctx_size_out", _U32),
+        ("retval", _U32),
+        ("repeat", _INT),
+        ("duration", _U32),
+        ("flags", _U32),
+        ("cpu", _U32),
+        ("batch_size", _U32),
+    )
+
+
+def run_program(program_fd: int, arguments: tuple[int, ...]) -> int:
+    """Run a program of a raw tracepoint once, with these arguments; what it returned."""
+    values = (ctypes.c_uint64 * len(arguments))(*arguments)
+    options = _RunOptions(
+        sz=ctypes.sizeof(_RunOptions),
+        ctx_in=ctypes.cast(values, _VP),
+        ctx_size_in=ctypes.sizeof(values),
+    )
+    result = library().bpf_prog_test_run_opts(program_fd, ctypes.byref(options))
+    _check(result, "program: cannot be run")
+    return int(options.retval)
+
+
+class _OpenOptions(ctypes.Structure):  # struct bpf_object_open_opts of libbpf
+    _fields_ = (
+        ("sz", _SIZE),
+        ("object_name", _CHARS),
+        ("relaxed_maps", ctypes.c_bool),
+        ("pin_root_path", _CHARS),
+        ("room", _U32),
+        ("kconfig", _CHARS),
+        ("btf_custom_path", _CHARS),
+    )
+
+
 class Object:
     """An object file between opening and loading: the time to size maps and set options."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, btf: Path | None = None) -> None:
         self._data = data  # libbpf refers to it
+        options = _OpenOptions(sz=ctypes.sizeof(_OpenOptions))
+        if btf is not None:
+            options.btf_custom_path = os.fsencode(btf)
         with _log() as lines:
-            handle = library().bpf_object__open_mem(data, len(data), None)
+            handle = library().bpf_object__open_mem(data, len(data), ctypes.byref(options))
             if not handle:
                 raise BpfError("the BPF object cannot be read", ctypes.get_errno(), _last(lines))
         self._handle = handle

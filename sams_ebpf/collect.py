@@ -125,6 +125,7 @@ class Collector:
             # What was counted stays where it is, for whoever comes next.
             raise PartialError(f"job {self._instance}: ended, and its last batch was not written")
         meter.close()
+        self._write_sams_json(out.last)
         _log.info("ended: %s, %d processes alive", closing.reason, closing.live)
         return 0
 
@@ -151,6 +152,18 @@ class Collector:
         if self._opener.in_kernel:
             return self._opener.take(found[0])
         return self._opener.sampled(found, self._instance)
+
+    def _write_sams_json(self, last: wire.Batch | None) -> None:
+        """Also write upstream's file, where the site still collects those."""
+        settings = self._site.collector.sams_json
+        if settings is None or last is None:
+            return
+        from sams_ebpf import sams_json  # noqa: PLC0415 (few sites need it)
+
+        try:
+            sams_json.write(last, settings)
+        except sams_json.SamsJsonError as error:
+            _log.warning("%s; the batch in the spool has it all", error)
 
     def _give_up_privileges(self, meter: BpfMeter | ProcMeter) -> None:
         if isinstance(meter, ProcMeter):

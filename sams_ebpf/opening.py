@@ -55,28 +55,13 @@ class Opener:
         """Whether the kernel side counts, awake or not."""
         return self.choice.mode == "bpf"
 
-    def _programs(self) -> ProgramSet:
-        """Open the set that takes this tree's jobs, loaded if there is none; under the lock.
-
-        One that was loaded to stay is taken as it is: a configuration that has changed since
-        counts from the next `load` on, not from the next job.
-        """
-        for folder in reversed(pins.folders()):
-            if pins.is_of(folder, self._tree):
-                standing = pins.open_set(folder)
-                flags = standing.node()
-                if flags.stay and not flags.closed:
-                    return standing
-                standing.close()
-        return pins.load(self._options, self._loader, stay=False)
-
     def _load(self, loader: host.Loader) -> Attempt:
-        self._loader = loader
         try:
             with pins.lock():
-                self._programs().close()
+                pins.load(self._options, loader, stay=False).close()
         except (bpf.BpfError, NotPossibleError) as error:
             return Attempt(loader, False, str(error))
+        self._loader = loader
         return Attempt(loader, True, "loaded, or found pinned")
 
     def sampled(self, found: Sequence[Cgroup], instance: str) -> ProcMeter:
@@ -108,7 +93,7 @@ class Opener:
         """Take a slot by hand for a cgroup that the kernel side did not recognise."""
         with pins.lock():
             # Once more: a set without jobs that is not to stay may be gone by now.
-            used = self._programs()
+            used = pins.load(self._options, self._loader, stay=False)
             return self._meter(used, slots.take(used, cgroup), cgroup)
 
     def _meter(self, used: ProgramSet, slot: layout.Slot, cgroup: Cgroup | None = None) -> BpfMeter:

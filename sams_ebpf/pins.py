@@ -59,13 +59,15 @@ def open_set(folder: Path) -> ProgramSet:
     maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
     iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in programs.ITERATORS}
     return ProgramSet(
-        maps, iterators, {}, loader="bcc" if folder.name.startswith("bcc") else "libbpf"
+        maps, iterators, {}, loader="bcc" if folder.name.startswith("bcc_") else "libbpf"
     )
 
 
-def find(options: Options, root: Path = ROOT) -> ProgramSet | None:
+def find(
+    options: Options, root: Path = ROOT, loader: Literal["libbpf", "bcc"] = "libbpf"
+) -> ProgramSet | None:
     """Open the pinned set of these programs and options; None if there is none."""
-    folder = root / programs.abi(options)
+    folder = root / programs.abi(options, loader)
     return open_set(folder) if folder.is_dir() else None
 
 
@@ -115,14 +117,14 @@ def load(
     stay: until `unload`, not only while there are jobs. A set of another ABI takes no
     new jobs from now on.
     """
-    found = find(options, root) or (None if stay else _standing(options.hierarchy, root))
+    found = find(options, root, loader) or (None if stay else _standing(options.hierarchy, root))
     if found is None:
         found = programs.load(options, loader)
-        pin_set(found, programs.abi(options), root)
+        pin_set(found, programs.abi(options, loader), root)
     if stay and not found.node().stay:
         found.set_node(stay=1)
     if stay:
-        close_others(programs.abi(options), root)
+        close_others(programs.abi(options, loader), root)
     return found
 
 

@@ -158,9 +158,14 @@ class ProcMeter:
         places.insert(at, Place(cgroup.folder))
 
     def look(self, found: Sequence[Cgroup]) -> None:
-        """Take to the job's what it has now."""
+        """Take to the job's what it has now; sample once more if its last process has left.
+
+        Who made the cgroup removes it then, and the kernel's counter with it.
+        """
         for cgroup in found:
             self.add(cgroup)
+        if not self.live() and self._has_grown():
+            self._sample()
 
     def live(self) -> int:
         """Count the processes in the job's cgroups; zombies are not among them."""
@@ -168,6 +173,10 @@ class ProcMeter:
 
     def harvest(self) -> Snapshot:
         """Take a sample, keep it on disk, and give all counters."""
+        return self._snapshot(self._sample())
+
+    def _sample(self) -> int:
+        """Take a sample and keep it on disk; gives the number of live processes."""
         began_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         account = self._state.account
         for at, cgroup in enumerate(self._where):
@@ -199,7 +208,12 @@ class ProcMeter:
         except OSError as error:
             where = f"{self._file}: baselines cannot be kept: {error.strerror}"
             self._lose("baselines_not_written", where)
-        return self._snapshot(len(members))
+        return len(members)
+
+    def _has_grown(self) -> bool:
+        """Tell whether the kernel charged anything since the last sample."""
+        places = self._state.account.places
+        return any((self._read(at) or 0) > places[at].last_ns for at in range(len(self._where)))
 
     def close(self) -> None:
         """Remove the baselines: the job has ended, and its last counters have been told."""
@@ -233,12 +247,14 @@ class ProcMeter:
         if len(self._files) > _MAX_FILES:
             self._files.clear()
         wall_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        found: dict[tuple[int, int], tuple[bytes, int] | None] = {}
+        # By name too: one that leads nowhere says nothing about the same file's other names.
+        found: dict[tuple[tuple[int, int], bytes], tuple[bytes, int] | None] = {}
         deaths = []
         for one in exits:
-            if one.file not in found:
-                found[one.file] = self._path_of(one)
-            path_and_change = found[one.file]
+            named = one.file, one.comm
+            if named not in found:
+                found[named] = self._path_of(one)
+            path_and_change = found[named]
             # A file that changed after the process began may be another one by now.
             is_it = path_and_change is not None and path_and_change[1] <= one.begin_s * _SECOND
             deaths.append(

@@ -6,6 +6,7 @@ with its descriptors, whatever happens to the process).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -13,13 +14,14 @@ import importlib.resources
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
 
-from sams_ebpf import bpf, layout
+from sams_ebpf import bcc_loader, bpf, layout
 from sams_ebpf.cgroups import Hierarchy, mounted
 from sams_ebpf.host import Attempt
 
@@ -36,6 +38,8 @@ TRACEPOINTS: Final = {
     "on_mkdir": "cgroup_mkdir",
     "on_rmdir": "cgroup_rmdir",
 }
+# Keeps the clock for those that BCC compiled (see bpf/clock.h).
+BCC_TRACEPOINTS: Final = {"on_wakeup_new": "sched_wakeup_new"}
 ITERATORS: Final = {"harvest": "tasks", "adopt": None}
 MAPS: Final = (
     *("tasks", "processes", "totals", "names", "cgroups", "slots", "free_slots", "jobs"),
@@ -76,7 +80,9 @@ class ProgramSet:
         iterators: dict[str, int],
         links: dict[str, int],
         loader: Literal["libbpf", "bcc"] = "libbpf",
+        compiled: bcc_loader.Loaded | None = None,
     ) -> None:
+        self.compiled = compiled
         self.maps = maps
         self.iterators = iterators
         self.links = links
@@ -101,6 +107,27 @@ class ProgramSet:
         data = wide.lookup(_ZERO) or b""
         return [layout.Cost._make(values) for values in each.iter_unpack(data)]
 
+    def settle(self) -> Iterator[bytes]:
+        """Settle every live task; yields the keys of rows whose task has gone unseen."""
+        if self.loader == "libbpf":
+            gone = bpf.run_iterator(self.iterators["harvest"])
+            yield from (gone[at : at + 8] for at in range(0, len(gone), 8))
+            return
+        for key in self.maps["tasks"].all_keys():
+            if bpf.run_program(self.iterators["harvest"], layout.U64.unpack(key)):
+                yield key
+
+    def adopt(self, folders: Iterable[Path]) -> None:
+        """Take up the tasks that are in these cgroups, and noted as a job's, already."""
+        if self.loader == "libbpf":
+            bpf.run_iterator(self.iterators["adopt"])
+            return
+        for folder in folders:
+            for pid in (folder / "cgroup.procs").read_text(encoding="ascii").split():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
+                    for task in Path("/proc", pid, "task").iterdir():
+                        bpf.run_program(self.iterators["adopt"], (int(pid), int(task.name)))
+
     def close(self) -> None:
         """Let go of all descriptors; a set that is not pinned ends with that."""
         for one in self.maps.values():
@@ -110,14 +137,14 @@ class ProgramSet:
         self.maps, self.iterators, self.links = {}, {}, {}
 
 
-# Given maps and options, load programs in another way than libbpf: name → descriptor.
-LoadPrograms = Callable[[dict[str, bpf.Map], Options, set[str]], dict[str, int]]
+def _folder() -> Traversable:
+    return importlib.resources.files("sams_ebpf") / "_bpf"
 
 
 def object_bytes(name: str = OBJECT) -> bytes:
     """Read the compiled programs. Raises BpfError if the package was built without them."""
     try:
-        return (importlib.resources.files("sams_ebpf") / "_bpf" / name).read_bytes()
+        return (_folder() / name).read_bytes()
     except FileNotFoundError as error:
         raise bpf.BpfError(f"{error.filename}: missing; the package was not built whole") from error
 
@@ -129,19 +156,21 @@ def attempt(loader: Literal["libbpf", "bcc"]) -> Attempt:
         return Attempt(loader, False, "no cgroup tree that can be accounted is mounted")
     try:
         began = time.monotonic()
-        load(
-            Options(hierarchy=hierarchies[0], tasks=64, executables=64, cgroups=64), loader
-        ).close()
+        made = load(Options(hierarchy=hierarchies[0], tasks=64, executables=64, cgroups=64), loader)
     except bpf.BpfError as error:
         return Attempt(loader, False, str(error))
-    return Attempt(loader, True, f"in {(time.monotonic() - began) * 1000:.0f} ms")
+    cost = f"in {(time.monotonic() - began) * 1000:.0f} ms"
+    if made.compiled is not None:
+        cost += f", {made.compiled.peak_kib // 1024} MiB for as long as it compiled"
+    made.close()
+    return Attempt(loader, True, cost)
 
 
-def abi(options: Options) -> str:
+def abi(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> str:
     """Name a set by its programs and options: sets of different names are strangers."""
     text = msgspec.json.encode(options)
     digest = hashlib.blake2b(object_bytes() + text, digest_size=6).hexdigest()
-    return f"{digest}-{tree_name(options.hierarchy)}"
+    return f"{'bcc_' if loader == 'bcc' else ''}{digest}-{tree_name(options.hierarchy)}"
 
 
 def tree_name(hierarchy: Hierarchy) -> str:
@@ -151,8 +180,8 @@ def tree_name(hierarchy: Hierarchy) -> str:
 
 def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> ProgramSet:
     """Load and attach a set. Raises BpfError with the kernel's or libbpf's reason."""
-    if loader != "libbpf":
-        raise bpf.BpfError("this version has no loader with BCC")
+    if loader == "bcc":
+        return _load_with_bcc(options)
     attached = options.attached()
     wanted = attached | set(ITERATORS) | {"on_calibrate"}
     try:
@@ -164,14 +193,9 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
             maps, programs = _load_object(OLDER_OBJECT, options, wanted)
         except bpf.BpfError:
             raise error from None  # of the two, the reason of the one meant for newer kernels
-    for index in range(layout.SLOTS):
-        maps["free_slots"].update(None, layout.U32.pack(index))
-    _open_clocks(maps["clocks"])
+    _prepare(maps)
     _calibrate(programs["on_calibrate"])
-    links = {
-        name: bpf.attach_raw_tracepoint(TRACEPOINTS[name], programs[name])
-        for name in sorted(attached)
-    }
+    links = _attach(programs, attached)
     iterators = {
         name: bpf.attach_iterator(programs[name], maps[over] if over else None)
         for name, over in ITERATORS.items()
@@ -183,10 +207,53 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
     return ProgramSet(maps, iterators, links)
 
 
+def _load_with_bcc(options: Options) -> ProgramSet:
+    """Maps from the object, as with libbpf; programs compiled by BCC."""
+    # CO-RE is not needed to make maps, and libbpf asks for BTF where it might be.
+    maps, _ = _load_object(OBJECT, options, set(), own_btf=True)
+    attached = options.attached() | set(BCC_TRACEPOINTS)
+    rodata = _Rodata()
+    _fill_options(rodata, options, slices=True)
+    constants = {
+        f"option_{name}": getattr(rodata, name)
+        for name, _ in _Rodata._fields_
+        if name != "parent_hash"
+    }
+    constants |= {f"PARENT_{i}": f"{rodata.parent_hash[i]}ULL" for i in range(layout.PARENTS)}
+    for name in ("seed", "limit_ns"):
+        constants[f"option_{name}"] = f"{constants[f'option_{name}']}ULL"
+    fds = {name: one.fd for name, one in maps.items()}
+    made = bcc_loader.load(fds, constants, attached | set(ITERATORS))
+    _prepare(maps)
+    links = _attach(made.programs, attached)
+    # Iterators need BTF: these programs are run by hand instead, so they stay.
+    iterators = {name: made.programs.pop(name) for name in ITERATORS}
+    for fd in made.programs.values():
+        os.close(fd)
+    maps.pop("clocks").close()
+    maps.pop("scratch").close()
+    return ProgramSet(maps, iterators, links, "bcc", made)
+
+
+def _prepare(maps: dict[str, bpf.Map]) -> None:
+    """Fill the maps that programs expect to find filled."""
+    for index in range(layout.SLOTS):
+        maps["free_slots"].update(None, layout.U32.pack(index))
+    _open_clocks(maps["clocks"])
+
+
+def _attach(programs: dict[str, int], names: set[str]) -> dict[str, int]:
+    tracepoints = TRACEPOINTS | BCC_TRACEPOINTS
+    return {
+        name: bpf.attach_raw_tracepoint(tracepoints[name], programs[name]) for name in sorted(names)
+    }
+
+
 def _load_object(
-    name: str, options: Options, wanted: set[str]
+    name: str, options: Options, wanted: set[str], *, own_btf: bool = False
 ) -> tuple[dict[str, bpf.Map], dict[str, int]]:
-    opened = bpf.Object(object_bytes(name))
+    with importlib.resources.as_file(_folder() / name) as path:
+        opened = bpf.Object(object_bytes(name), path if own_btf else None)
     try:
         sizes = {
             "tasks": options.tasks,
@@ -223,8 +290,11 @@ class _Rodata(ctypes.Structure):
 def _set_options(data: ctypes.Array[ctypes.c_char], options: Options, *, slices: bool) -> None:
     if ctypes.sizeof(data) != ctypes.sizeof(_Rodata):
         raise bpf.BpfError(f"the BPF object's options are {ctypes.sizeof(data)} bytes long")
+    _fill_options(_Rodata.from_buffer(data), options, slices=slices)
+
+
+def _fill_options(rodata: _Rodata, options: Options, *, slices: bool) -> None:
     hierarchy = options.hierarchy
-    rodata = _Rodata.from_buffer(data)
     rodata.controller = controller(hierarchy)
     rodata.hierarchy = hierarchy_id(hierarchy)
     rodata.quota = options.quota

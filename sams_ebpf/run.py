@@ -104,6 +104,11 @@ class _Batches:
     def next(self) -> None:
         self._put(self._composer.compose(self._meter.harvest(), time.time_ns(), None))
 
+    def before_reaping(self) -> None:
+        """Sample the dead command: its clock tells everything until it is waited for."""
+        if isinstance(self._meter, ProcMeter):
+            self.next()
+
     def last(self, closing: wire.Closing) -> wire.Batch:
         batch = self._composer.compose(self._meter.harvest(), time.time_ns(), closing)
         self._put(batch)
@@ -158,6 +163,7 @@ def _wait(child: int, batches: _Batches, interval_s: float) -> int:
             batches.next()
             due = max(due + interval_s, time.monotonic())
     os.close(ended)
+    batches.before_reaping()
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code

@@ -7,6 +7,7 @@ watches the folder, keeps its bounds, and ends it all on SIGTERM.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import os
@@ -97,7 +98,7 @@ class Courier:
         settings: config.Config,
         outbox: Outbox,
         chance: random.Random,
-        ended: Callable[[], None],
+        changed: Callable[[], None],
     ) -> None:
         receiver = settings.ship.receivers[name]
         self.name = name
@@ -111,7 +112,7 @@ class Courier:
         self._level = settings.ship.zstd_level
         self._outbox = outbox
         self._chance = chance
-        self._ended = ended
+        self._tell_service = changed
         self._backoff = Backoff(settings.ship, chance)
         self._sender = Sender(receiver, settings.ship)
         self._queue: deque[str] = deque()
@@ -175,7 +176,7 @@ class Courier:
                     self._pause(self._backoff.next_s())
         finally:
             self._sender.close()
-            self._ended()
+            self._tell_service()
 
     def _leave(self) -> None:
         """Nobody has to wait for a receiver that fails and is not required."""
@@ -193,6 +194,7 @@ class Courier:
         return None
 
     def _sleep_until_work(self) -> None:
+        self._tell_service()
         with self._changed:
             while not self._queue and not self._stopped:
                 self._changed.wait()
@@ -270,7 +272,7 @@ class Service:
         # Jitter only has to differ from node to node.
         self._chance = random.Random()  # noqa: S311
         self._couriers = [
-            Courier(name, settings, outbox, self._chance, self._on_end)
+            Courier(name, settings, outbox, self._chance, self._on_change)
             for name in settings.ship.receivers
         ]
 
@@ -362,9 +364,10 @@ class Service:
                 courier.abort()
                 courier.thread.join(1)
 
-    def _on_end(self) -> None:
-        """A courier's thread ends: the main thread looks whether it should have."""
-        os.write(self._wake, b"\0")
+    def _on_change(self) -> None:
+        """A courier has nothing left to do, or its thread ends: the main thread looks."""
+        with contextlib.suppress(BlockingIOError):  # full: it will wake up anyway
+            os.write(self._wake, b"\0")
 
     def _on_stop(self, _number: int, _frame: FrameType | None) -> None:
         self._stopping = True

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
-from sams_ebpf import bpf, cgroups, layout
+from sams_ebpf import cgroups, layout
 from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.programs import ProgramSet
@@ -85,7 +86,7 @@ def take(programs: ProgramSet, cgroup: Cgroup) -> layout.Slot:
     set_claim(programs, layout.Claim(slot_id=slot_id, begin_ns=time.time_ns(), private=1))
     programs.maps["jobs"].update(layout.U64.pack(layout.path_hash(path)), layout.U32.pack(slot_id))
     note(programs, slot_id, cgroup)
-    bpf.run_iterator(programs.iterators["adopt"])
+    programs.adopt(Path(folder) for folder in cgroups.subtree(cgroup.folder))
     slot = read(programs, slot_id)
     assert slot is not None  # noqa: S101 (written above, by nobody else)
     return slot

@@ -317,10 +317,13 @@ _P = TypeVar("_P")
 def _take(decoder: msgspec.msgpack.Decoder[_H], data: bytes | memoryview) -> _H:
     if len(data) > MAX_BYTES:
         raise WireError(f"batch of {len(data)} bytes: more than {MAX_BYTES}")
-    version = _parse(_version, data).v
-    if version != VERSION:
-        raise WireError(f"wire version {version}: this program reads version {VERSION}")
-    header = _parse(decoder, data)
+    try:
+        header = _parse(decoder, data)
+    except WireError:
+        # In another version nothing else need be as expected: that is then the reason.
+        _check_version(_parse(_version, data).v)
+        raise
+    _check_version(header.v)
     unknown = sorted(set(header.critical) - _KNOWN)
     if unknown:
         raise WireError(f"batch needs a reader that knows {', '.join(unknown)}: upgrade this one")
@@ -331,6 +334,11 @@ def _take(decoder: msgspec.msgpack.Decoder[_H], data: bytes | memoryview) -> _H:
     if header.kind == "counters" and header.ledger is None:
         raise WireError("batch of counters without a ledger")
     return header
+
+
+def _check_version(version: int) -> None:
+    if version != VERSION:
+        raise WireError(f"wire version {version}: this program reads version {VERSION}")
 
 
 def _parse(decoder: msgspec.msgpack.Decoder[_P], data: bytes | memoryview | msgspec.Raw) -> _P:

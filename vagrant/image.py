@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,10 @@ MODULES = (
     "9pnet_virtio",
     "9p",
     "overlay",
+)
+REQUIREMENTS = (
+    *("msgspec>=0.20", "PyYAML", "requests", "backports.zstd", "aiohttp", "uvloop"),
+    *("prometheus-client", "pytest", "pytest-timeout", "pytest-asyncio", "hypothesis"),
 )
 DISK_BYTES = 4 << 30
 
@@ -145,8 +150,30 @@ class Cache:
             timeout=1800,
         )
         _configure(temporary)
+        self._virtual_environment(temporary)
         temporary.rename(root)
         return root
+
+    def wheels(self) -> Path:
+        """Fetch the wheels of what the product and its tests need."""
+        wheels = self.folder / "wheels"
+        if not wheels.is_dir():
+            temporary = _fresh(wheels)
+            pip = (sys.executable, "-m", "pip", "download", "-q", "--only-binary", ":all:")
+            run(*pip, "-d", temporary, *REQUIREMENTS)
+            temporary.rename(wheels)
+        return wheels
+
+    def _virtual_environment(self, root: Path) -> None:
+        """Make the product's virtual environment, so that machines need no network.
+
+        The product's own wheel is what a machine installs itself.
+        """
+        shutil.copytree(self.wheels(), root / "opt/wheels", dirs_exist_ok=True)
+        run("chroot", root, "python3", "-m", "venv", "/opt/sams-ebpf")
+        pip = ("/opt/sams-ebpf/bin/python", "-m", "pip", "install", "-q", "--no-index")
+        run("chroot", root, *pip, "--find-links", "/opt/wheels", *REQUIREMENTS)
+        shutil.rmtree(root / "opt/wheels")
 
     def _download(self, suite: str) -> list[Path]:
         """Fetch the packages of a suite's default kernel with an apt of their own."""
@@ -233,7 +260,7 @@ StandardError=tty
 TTYPath=/dev/console
 ExecStart=/bin/sh -c 'mkdir -p /mnt/host && (grep -q " /mnt/host " /proc/mounts || \
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 host /mnt/host || \
-mount -t hostfs none /mnt/host -o "$(cat /proc/cmdline | tr " " "\\\\n" | sed -n "s/^sams.host=//p")") && \
+mount -t hostfs none /mnt/host -o "$(sed "s/.*sams.host=//; s/ .*//" /proc/cmdline)") && \
 exec /bin/sh /mnt/host/start.sh'
 ExecStopPost=/bin/sh -c 'sync; systemctl --no-block poweroff --force'
 TimeoutStartSec=infinity

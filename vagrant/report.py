@@ -14,7 +14,7 @@ those of real hardware), installs the wheel, runs three workloads and the kernel
 loader, and a job in a systemd unit. Rows that were not run say why. The same table,
 `vagrant/kernels.yaml`, makes the boxes of `vagrant/Vagrantfile`.
 
-| kernel | cgroup | `auto` uses | ledger tests | unattributed: solver, mixed, storm | job unit | note |
+| kernel | cgroup | `auto` | ledger tests | unattributed: solver, mixed, storm | job unit | note |
 |---|---|---|---|---|---|---|
 """
 

@@ -50,44 +50,38 @@ def main() -> int:
     wanted = [row for row in rows if not row.vm.absent and row.id in (arguments.rows or {row.id})]
     cache = Cache(arguments.cache.absolute())
     suites = sorted({row.vm.suite for row in rows if row.vm.suite})
+    temporary = tempfile.TemporaryDirectory(prefix="sams-vm-")
     try:
-        wheels = _wheels(cache)
+        wheel = _wheel(Path(temporary.name))
         disk = cache.disk(suites)
         for row in wanted:
             print(f"{row.id}: booting", flush=True)
-            results[row.id] = _boot(row, cache, disk, wheels)
+            results[row.id] = _boot(row, cache, disk, wheel)
             print(f"{row.id}: {report.verdict(row, results[row.id])}", flush=True)
             arguments.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     except SamsError as error:
         print(f"vm: {error}", file=sys.stderr)
         return 1
+    finally:
+        temporary.cleanup()
     arguments.page.write_text(report.page(rows, results))
     failed = [row.id for row in wanted if report.problems(row, results[row.id])]
     return 1 if failed else 0
 
 
-def _wheels(cache: Cache) -> Path:
-    """Build the product's wheel, and fetch those it and the tests need."""
-    wheels = cache.folder / "wheels"
-    pip = (sys.executable, "-m", "pip")
-    if not wheels.is_dir():
-        needed = ("msgspec>=0.20", "PyYAML", "requests", "backports.zstd", "aiohttp", "uvloop")
-        tests = ("prometheus-client", "pytest", "pytest-timeout", "pytest-asyncio", "hypothesis")
-        temporary = wheels.with_suffix(".tmp")
-        run(*pip, "download", "-q", "--only-binary", ":all:", "-d", temporary, *needed, *tests)
-        temporary.rename(wheels)
-    for old in wheels.glob("sams_ebpf-*.whl"):
-        old.unlink()
-    run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, ROOT)
-    return wheels
+def _wheel(folder: Path) -> Path:
+    """Build the product's wheel."""
+    pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
+    run(*pip, "-w", folder, ROOT)
+    return next(folder.glob("sams_ebpf-*.whl"))
 
 
-def _boot(row: table.Row, cache: Cache, disk: Path, wheels: Path) -> dict[str, Any]:
+def _boot(row: table.Row, cache: Cache, disk: Path, wheel: Path) -> dict[str, Any]:
     """Run one machine to its end; its results, or what is known of why there are none."""
     with tempfile.TemporaryDirectory(prefix=f"sams-vm-{row.id}-") as name:
         share = Path(name)
         share.chmod(0o755)
-        shutil.copytree(wheels, share / "wheels")
+        shutil.copy(wheel, share)
         for part in PARTS:
             source = ROOT / part
             ignore = shutil.ignore_patterns("__pycache__", "golden_sams")
@@ -138,7 +132,8 @@ exec python3 /mnt/host/guest.py /mnt/host
 def _qemu(row: table.Row, cache: Cache, disk: Path, share: Path) -> list[str]:
     assert row.vm.suite is not None  # noqa: S101 (told by the table)
     kernel = cache.kernel(row.vm.suite)
-    append = "console=ttyS0 root=/dev/vda rw quiet panic=-1 mitigations=off tsc=reliable"
+    append = "console=ttyS0 root=/dev/vda rw quiet panic=-1 mitigations=off tsc=reliable no_timer_check"
+    append += " systemd.default_timeout_start_sec=900"
     return [
         *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"),
         *("-m", "2048", "-nographic", "-no-reboot", "-nic", "none"),

@@ -258,11 +258,11 @@ def open_accounts(
                 for name, values in columns.items()
             },
         )
-        connection.execute(
-            "CREATE TEMP TABLE soft AS SELECT path_id, CAST(kind AS VARCHAR) AS kind,"
-            " CAST(software AS VARCHAR) AS software, CAST(version AS VARCHAR) AS version,"
-            " CAST(local_version AS VARCHAR) AS local_version FROM soft_in"
+        select = ", ".join(
+            tables.expression(name, "BIGINT" if name == "path_id" else "VARCHAR", name)
+            for name in columns
         )
+        connection.execute(f"CREATE TEMP TABLE soft AS SELECT {select} FROM soft_in")
     else:
         connection.execute(
             "CREATE TEMP TABLE soft (path_id BIGINT, kind VARCHAR, software VARCHAR,"

@@ -41,6 +41,7 @@ _RULE_KEYS: Final = (*FIELDS, "match", "user_provided", "ignore")
 _TOP_KEYS: Final = ("rules", "rewrite", "stop_on_rewrite_match")
 _RE2_MEMORY: Final = 64 << 20  # bytes for the states of the automaton
 _MOST_REMEMBERED: Final = 1 << 20
+_MOST_LATE: Final = 10_000
 _CONVERSION: Final = re.compile(r"%(?:%|\([^)]*\)[#0\- +]*[0-9]*(?:\.[0-9]+)?[sra])|(%)")
 
 Groups = Mapping[str, str | None]
@@ -126,6 +127,7 @@ class Rules:
         self._known: list[dict[object, Software]] = [{} for _ in self.rules]
         # Only what a template uses decides the result: what to take from a match.
         self._used = [_used(rule) for rule in self.rules]
+        self._late: dict[bytes, int] = {}  # paths that took too long, not to be tried again
         self._everything = tuple(range(len(self.rules)))
         self._filter, self._unfiltered = _prefilter(self.rules)
 
@@ -189,12 +191,18 @@ class Rules:
                     add(result)
                     continue
                 text = _text(path)
-                try:
-                    add(self._first(text, self._candidates(text), limit))
-                except _TimeLimitError as error:
-                    add(None)
-                    if on_timeout is not None:
-                        on_timeout(path, int(str(error)))
+                late = self._late.get(path)
+                if late is None:
+                    try:
+                        add(self._first(text, self._candidates(text), limit))
+                        continue
+                    except _TimeLimitError as error:
+                        late = int(str(error))
+                        if len(self._late) < _MOST_LATE:
+                            self._late[path] = late
+                add(None)
+                if on_timeout is not None:
+                    on_timeout(path, late)
         return out
 
     def _quick(self, path: bytes) -> Software | Literal[False] | None:
@@ -244,6 +252,8 @@ class Rules:
         winners: list[dict[int, int]] = [{} for _ in self.rules]
         with _time_limits(self._limit_s) as limit:
             for path in paths:
+                if path in self._late:
+                    continue
                 text = _text(path)
                 winner: int | None = None
                 for index in self._candidates(text):

@@ -108,16 +108,18 @@ def as_parquet(report: Report, path: Path) -> None:
     """A Parquet file with the rows."""
     connection = tables.connect()
     columns = {}
-    kinds = {}
+    select = []
     for column in report.columns:
         values = [row.get(column.name) for row in report.rows]
-        if all(isinstance(value, int) or value is None for value in values) and values:
-            columns[column.name] = tables.objects([None if v is None else str(v) for v in values])
-            kinds[column.name] = "DECIMAL(38, 0)"
-        else:
-            columns[column.name] = tables.objects([None if v is None else text(v) for v in values])
-            kinds[column.name] = "VARCHAR"
-    names = ", ".join(f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in kinds.items())
+        number = bool(values) and all(isinstance(value, int) or value is None for value in values)
+        # Sums may be beyond 64 bits.
+        columns[column.name] = tables.objects([None if v is None else text(v) for v in values])
+        found = tables.expression(f'"{column.name}"', "VARCHAR", column.name)
+        if number:
+            value = found.rpartition(" AS ")[0]
+            found = f'CAST({value} AS DECIMAL(38, 0)) AS "{column.name}"'
+        select.append(found)
+    names = ", ".join(select)
     connection.register("rows_in", columns)
     tables.copy(connection, f"SELECT {names} FROM rows_in", path)  # noqa: S608 - own names
     connection.close()

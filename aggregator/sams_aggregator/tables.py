@@ -9,9 +9,11 @@ stay bytes.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import secrets
 import shutil
+import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +24,15 @@ import numpy as np
 
 from sams_ebpf import durable, wire
 
+# DuckDB asks for pandas at each Python value it takes. Where it is not installed, the
+# search for it goes through the whole path each time, and takes longer than all else:
+# this says once and for all that it is not there.
+if importlib.util.find_spec("pandas") is None:
+    sys.modules["pandas"] = None  # type: ignore[assignment]
+
 NULL: Final = -(2**63)
+NULL_TEXT: Final = "\x00"
+NULL_BYTES: Final = b"\x00"
 SUFFIX: Final = ".parquet"
 TEMPORARY: Final = ".tmp-"
 
@@ -120,10 +130,15 @@ def integers(values: Sequence[int | None]) -> Column:
     return np.frombuffer(array("q", cast("Sequence[int]", plain)), dtype=np.int64)
 
 
-def objects(values: Sequence[Any]) -> Column:
-    """A column of texts or bytes, None for null."""
+def objects(values: Sequence[str | None] | Sequence[bytes | None]) -> Column:
+    """A column of texts or of bytes, with NULL_TEXT or NULL_BYTES for null.
+
+    DuckDB guesses the type of such a column from its first values, and fails where all
+    of these are None. No path and no name of Slurm's is a single zero byte.
+    """
+    null = NULL_BYTES if any(isinstance(value, bytes) for value in values) else NULL_TEXT
     column = np.empty(len(values), dtype=object)
-    column[:] = values
+    column[:] = [null if value is None else value for value in values]
     return column
 
 
@@ -138,8 +153,8 @@ def columns_of(table: str, rows: Sequence[Sequence[Any]]) -> dict[str, Column]:
 
 def expression(source: str, kind: str, name: str) -> str:
     """How a registered column is read back with its nulls and its type."""
-    value = f"nullif({source}, {NULL})" if kind == "BIGINT" else f"CAST({source} AS {kind})"
-    return f'{value} AS "{name}"'
+    null = {"BIGINT": str(NULL), "VARCHAR": "chr(0)", "BLOB": "'\\x00'::BLOB"}[kind]
+    return f'nullif(CAST({source} AS {kind}), {null}) AS "{name}"'
 
 
 class SetWriter:

@@ -40,6 +40,7 @@ _UPSTREAM_PATH: Final = re.compile(r"/([0-9]{1,19})/([A-Za-z0-9][A-Za-z0-9._-]{0
 # Bodies beyond this are decompressed in a thread and one at a time.
 _SMALL: Final = 1 << 20
 _RETRY_SECONDS: Final = 30
+_JSON: Final = {"Content-Type": "application/json"}
 
 
 class Refusal(Exception):  # noqa: N818
@@ -77,11 +78,10 @@ class _Upstream(msgspec.Struct, frozen=True):
 
 _json = msgspec.json.Decoder(_Upstream)
 _any_json = msgspec.json.Decoder()
-_pack = msgspec.msgpack.Encoder()
 
 
 class App:
-    """Answers requests. One per process; `listening` gives each listener its own front."""
+    """Answers requests. One per process, with a `Front` for each listener."""
 
     def __init__(self, config: Receiver, metrics: Metrics) -> None:
         self.config = config
@@ -115,7 +115,9 @@ class App:
             log.warning("%s denied: %s", short_name(peer or "a proxy's client"), denied.reason)
             text = "who are you?" if denied.status == 401 else "not allowed"
             raise Refusal(denied.status, text) from denied
-        wait = self._rate.take(f"{client.method} {client.name}", now)
+        # Where nodes share one name the address tells them apart, if there is one.
+        shared = client.node is None and front.peer(request)
+        wait = self._rate.take(f"{client.method} {client.name} {shared or ''}", now)
         if wait:
             self.metrics.limited.labels("rate").inc()
             raise Refusal(429, "too many requests", retry=wait)
@@ -226,14 +228,21 @@ class App:
         try:
             if encoding == "zstd":
                 body = await self._decompress(body, held)
-            self._allow("bytes", self._daily.bytes_left(_quota_name(client), len(body)))
+            quota_of = _quota_name(client)
+            # A client that is known as a node pays for what it sends before anybody looks at
+            # it. Clients that share one name are told apart by what they claim, after that.
+            if client.node is not None:
+                self._allow("bytes", self._daily.bytes_left(quota_of, len(body)))
             payload = self._upstream(client, body, upstream) if upstream else _batch(client, body)
         except Refusal as refusal:
             if refusal.aside:
                 self.metrics.invalid.inc()
                 self._set_aside(client, "invalid", body, refusal.reason)
             raise
-        self._allow("writers", self._daily.writer_left(_quota_name(client), payload.tag.key))
+        if client.node is None:
+            quota_of = _quota_name(client._replace(node=payload.node, cluster=payload.cluster))
+            self._allow("bytes", self._daily.bytes_left(quota_of, len(body)))
+        self._allow("writers", self._daily.writer_left(quota_of, payload.tag.key))
         return payload
 
     def _allow(self, what: str, allowed: bool) -> None:
@@ -276,18 +285,18 @@ class App:
             raise Refusal(400, "the path names another job than the body", aside=True)
         cluster = client.cluster or self.config.cluster
         vouched = _check_claims(client, cluster, core.node)
-        data = _pack.encode(
-            {
-                "cluster": cluster,
-                "job": job,
-                "node": core.node,
-                "digest": hashlib.sha256(body).digest(),
-                "name": name,
-                "body": body,
-            }
+        held = fmt.UpstreamJson(
+            cluster=cluster,
+            job=job,
+            node=core.node,
+            digest=hashlib.sha256(body).digest(),
+            name=name,
+            body=body,
         )
-        tag = fmt.tag_of(Kind.UPSTREAM_JSON, data)
-        return Payload(Kind.UPSTREAM_JSON, data, tag, cluster, core.node, vouched)
+        data = fmt.pack_upstream(held)
+        if len(data) > fmt.MAX_PAYLOAD:
+            raise Refusal(413, "more than the archive takes as one")
+        return Payload(Kind.UPSTREAM_JSON, data, held.tag, cluster, core.node, vouched)
 
     # -- how much ----------------------------------------------------------------------
 
@@ -502,11 +511,11 @@ def _check_claims(client: Client, cluster: str | None, node: str | None) -> bool
 
 
 def _quota_name(client: Client) -> str:
-    return client.node or client.name
+    return f"{client.cluster or ''}/{client.node or client.name}"
 
 
 def _answer(status: int, body: bytes) -> web.Response:
-    return web.Response(status=status, body=body, content_type="application/json")
+    return web.Response(status=status, body=body, headers=_JSON)
 
 
 def _refuse(refusal: Refusal) -> web.Response:

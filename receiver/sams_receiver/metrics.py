@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from sams_receiver.store import Observer
 
@@ -11,33 +15,57 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
 
+class Tally:
+    """A number that only grows, bumped by the event loop alone: no lock, no look-up."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def inc(self, by: int = 1) -> None:
+        """Add."""
+        self.value += by
+
+
+class _Tallies(Collector):
+    """Shows the tallies that are bumped with every request as Prometheus counters."""
+
+    def __init__(self) -> None:
+        self._families: dict[str, tuple[str, tuple[str, ...], dict[tuple[str, ...], Tally]]] = {}
+
+    def tally(self, name: str, text: str, **labels: str) -> Tally:
+        """Tally of that name and these labels; made at first use."""
+        family = self._families.setdefault(name, (text, tuple(labels), {}))
+        return family[2].setdefault(tuple(labels.values()), Tally())
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """What Prometheus asks for."""
+        for name, (text, labels, tallies) in self._families.items():
+            shown = CounterMetricFamily(f"sams_receiver_{name}", text, labels=labels)
+            for values, tally in tallies.items():
+                shown.add_metric(list(values), tally.value)
+            yield shown
+
+
 class Metrics(Observer):
     """All metrics of the receiver, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "sams_receiver_requests",
-            "Requests answered, by what was asked for and HTTP status.",
-            ["what", "status"],
-            registry=self.registry,
-        )
-        self._bound: dict[tuple[str, int], Counter] = {}
-        outcome = Counter(
-            "sams_receiver_batches",
-            "Payloads by what became of them.",
-            ["outcome"],
-            registry=self.registry,
-        )
-        self.stored = outcome.labels("stored")
-        self.duplicates = outcome.labels("duplicate")
-        self.conflicts = outcome.labels("conflict")
-        self.invalid = outcome.labels("invalid")
-        self.unvouched = self._counter(
+        self._tallies = _Tallies()
+        self.registry.register(self._tallies)
+        self._answers: dict[tuple[str, int], Tally] = {}
+        batches = "Payloads by what became of them."
+        self.stored = self._tallies.tally("batches", batches, outcome="stored")
+        self.duplicates = self._tallies.tally("batches", batches, outcome="duplicate")
+        self.conflicts = self._tallies.tally("batches", batches, outcome="conflict")
+        self.invalid = self._tallies.tally("batches", batches, outcome="invalid")
+        self.unvouched = self._tallies.tally(
             "unvouched_batches", "Stored without proof that the sender is the node it names."
         )
-        self.received_bytes = self._counter("received_bytes", "Bytes of bodies read.")
-        self._stored_bytes = self._counter("stored_bytes", "Bytes of payloads on disk.")
+        self.received_bytes = self._tallies.tally("received_bytes", "Bytes of bodies read.")
+        self._stored_bytes = self._tallies.tally("stored_bytes", "Bytes of payloads on disk.")
         self.denied = Counter(
             "sams_receiver_denied",
             "Requests not let in, by status.",
@@ -67,10 +95,12 @@ class Metrics(Observer):
 
     def answered(self, what: str, status: int) -> None:
         """Count an answer."""
-        bound = self._bound.get((what, status))
-        if bound is None:
-            bound = self._bound[what, status] = self._requests.labels(what, status)
-        bound.inc()
+        tally = self._answers.get((what, status))
+        if tally is None:
+            text = "Requests answered, by what was asked for and HTTP status."
+            tally = self._tallies.tally("requests", text, status=str(status), what=what)
+            self._answers[what, status] = tally
+        tally.inc()
 
     def text(self) -> bytes:
         """What Prometheus scrapes."""

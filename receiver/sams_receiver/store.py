@@ -124,6 +124,7 @@ class Store:
         if waiting is not None:
             if waiting.tag.digest != tag.digest:
                 return Verdict.CONFLICT
+            # Not awaited itself: the one who waits must not end with the other's request.
             await asyncio.wait([waiting.done])
             waiting.done.result()
             return Verdict.DUPLICATE
@@ -139,8 +140,7 @@ class Store:
         partition.pending[place] = waiting
         partition.queue.append(waiting)
         partition.wake.set()
-        await asyncio.wait([waiting.done])
-        waiting.done.result()
+        await waiting.done
         return Verdict.NEW
 
     async def close(self) -> None:
@@ -191,7 +191,8 @@ class Store:
                 del partition.pending[waiting.tag.key, waiting.tag.sequence]
                 if number is not None:
                     partition.seen.add(waiting.tag, number)
-                waiting.done.set_result(None)
+                if not waiting.done.done():
+                    waiting.done.set_result(None)
             self._observer.committed(count, size, time.perf_counter() - begin)
             self.trouble = None
             self._roll(partition)
@@ -200,7 +201,8 @@ class Store:
         self._observer.write_failed()
         for waiting in group:
             del partition.pending[waiting.tag.key, waiting.tag.sequence]
-            waiting.done.set_exception(problem)
+            if not waiting.done.done():
+                waiting.done.set_exception(problem)
         if isinstance(problem, SyncFailedError):
             self._on_fatal(problem)
 

@@ -406,7 +406,7 @@ def kill_until_empty(
             process.kill()
             process.wait()
     with service(config):
-        until(lambda: not waiting(folder))
+        until(lambda: not waiting(folder), 240)
     return sent
 
 
@@ -427,6 +427,7 @@ def test_killed_at_random_moments(
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_at_many_random_moments(
     tmp_path: Path, folder: Path, receiver: Receiver, second: Receiver, seed: int
@@ -434,8 +435,8 @@ def test_killed_at_many_random_moments(
     targets = {"a": {"url": receiver.url}, "b": {"url": second.url}}
     config = configure(tmp_path / "c.yaml", folder, targets)
     chance = random.Random(seed)
-    receiver.behave = shipping.mostly(chance, 0.2, shipping.reset, shipping.status(503))
-    second.behave = shipping.mostly(chance, 0.2, shipping.hang(0.05), shipping.status(500))
+    receiver.behave = shipping.mostly(chance, 0.1, shipping.reset, shipping.status(503))
+    second.behave = shipping.mostly(chance, 0.1, shipping.hang(0.05), shipping.status(500))
     sent = kill_until_empty(folder, config, 10, chance, 150)
     assert sorted(receiver.stored) == sorted(second.stored) == sorted(sent)
     assert waiting(folder) == []

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from cases import CASES, Case
 from groups import HIERARCHIES, Hierarchy
-from jobs import SETUPS, Job, Options, Result, SetUp, read_spool
+from jobs import SETUPS, Job, Options, Result, SetUp, allowed_ns, read_spool
+from workloads import until
 
 from sams_ebpf import wire
 
@@ -21,12 +22,9 @@ TICK_NS = 4_000_000
 
 def bound_ns(result: Result, setup: SetUp, case: Case) -> int:
     """How far attributed may be from what the kernel charged."""
-    ledger = result.ledger
-    assert ledger.cgroup_cpu_ns is not None
     if setup == "exact" and not case.moves:
         return 2_000
-    missed = sum(ledger.lost.get(cause, 0) for cause in ("missed_deaths", "missed_death"))
-    return max(ledger.cgroup_cpu_ns // (200 if missed else 1000), 1_000_000)
+    return allowed_ns(result.ledger)
 
 
 def unexplained_ns(ledger: wire.Ledger) -> int:
@@ -59,7 +57,7 @@ def check(job: Job, case: Case, setup: SetUp) -> None:
             expected.adopted,
         )
     overflow = [r for r in result.records.values() if r.flags & wire.OVERFLOW]
-    if case.quota is not None:
+    if case.quota is not None or case.total_entries is not None:
         assert sum(row.execs or 0 for row in overflow) > 0, "the overflow row took the rest"
         assert sum(ledger.lost.values()) > 0, "and it is counted"
     else:
@@ -67,7 +65,7 @@ def check(job: Job, case: Case, setup: SetUp) -> None:
 
 
 def drive(make_job: MakeJob, case: Case, hierarchy: Hierarchy, setup: SetUp) -> None:
-    options = Options(setup=setup, quota=case.quota)
+    options = Options(setup=setup, quota=case.quota, total_entries=case.total_entries)
     job = make_job(hierarchy, options=options, collected=case.before is None)
     if case.before is not None:
         case.before(job)
@@ -81,8 +79,15 @@ def possible(case: Case, hierarchy: Hierarchy) -> bool:
     return hierarchy == "v1" or case.name != "threads_moved_singly"
 
 
+# The exact set-up differs in where a death is seen, not in the hierarchy: v1 with it is soaked.
 EVERY = [
-    pytest.param(case, hierarchy, setup, id=f"{case.name}-{hierarchy}-{setup}")
+    pytest.param(
+        case,
+        hierarchy,
+        setup,
+        id=f"{case.name}-{hierarchy}-{setup}",
+        marks=[pytest.mark.soak] if (hierarchy, setup) == ("v1", "exact") else [],
+    )
     for case in CASES
     for hierarchy in HIERARCHIES
     for setup in SETUPS
@@ -123,11 +128,12 @@ def test_in_mid_life_within_a_tick_per_running_thread(
     job = make_job(hierarchy, options=Options(setup=setup, interval_s=1))
     process = job.launch(job.programs["waiter"], str(threads))
     job.truth.wait_for("ready")
-    while len(read(job)) < 3:
-        # Short lives beside the long one: harvests fall between fork, exec and exit.
-        job.run(job.programs["burn"], "2000")
+    # Short lives beside the long one: harvests fall between fork, exec and exit.
+    storm = job.launch(job.programs["storm_until.sh"])
+    until(lambda: len(read(job)) >= 3, "three harvests")
     job.stop.touch()
     job.ended(process)
+    job.ended(storm)
     job.group.wait_empty()
     check(job, Case("mid_life", lambda _: None), setup)
     batches = [batch for batch in read(job) if batch.final is None]
@@ -135,7 +141,7 @@ def test_in_mid_life_within_a_tick_per_running_thread(
     before = 0
     for batch in batches:
         assert batch.ledger is not None
-        running = min(threads + 1, len(os.sched_getaffinity(0)))
+        running = min(threads + 2, len(os.sched_getaffinity(0)))
         assert abs(unexplained_ns(batch.ledger)) <= TICK_NS * running, batch.ledger
         assert batch.ledger.attributed_cpu_ns >= before, "never backwards"
         before = batch.ledger.attributed_cpu_ns

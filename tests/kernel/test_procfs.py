@@ -231,6 +231,8 @@ def test_the_kernel_tells_of_the_dead(cgroup: Cgroup, burn: Path, tmp_path: Path
     seen.go()
     seen.done()
     seen.end()
+    # Somebody else's process of the same file, by a name that leads nowhere, dies first.
+    subprocess.run([PYTHON, "-c", "open('/proc/self/comm', 'w').write('nowhere')"], check=True)
     for process in (parent, changing):
         process.communicate(b"\n")
     conftest.unlink()
@@ -372,6 +374,27 @@ def test_a_cgroup_removed_and_made_again_is_one_job(cgroup: Cgroup, burn: Path) 
     last = meter.harvest()
     assert cpu(last, burn) == cpu(snapshot, burn) >= 60_000_000
     assert last.age_ns > 0
+    check(last)
+
+
+def test_the_counter_is_read_when_the_last_process_has_left(cgroup: Cgroup, burn: Path) -> None:
+    job = cgroups.at(f"{cgroup.folder}/job", [cgroup.hierarchy])
+    assert job is not None
+    Path(job.folder).mkdir()
+    meter = ProcMeter([job])
+    burner = Burner(job, burn, 20, 40)
+    burner.done()
+    meter.look([job])
+    before = meter.harvest()
+    burner.go()
+    burner.done()
+    burner.end()
+    meter.look([job])
+    assert cgroups.remove(job)
+    meter.look([])
+    last = meter.harvest()
+    assert (last.cgroup_cpu_ns or 0) - (before.cgroup_cpu_ns or 0) >= 40_000_000
+    assert cpu(last, burn) - cpu(before, burn) >= 30_000_000
     check(last)
 
 

@@ -217,6 +217,22 @@ def test_quotas_of_a_node(tmp_path: Path) -> None:
         assert post("b", batches.encoded(node="n2")) == 200
 
 
+def test_nodes_that_share_one_name_have_quotas_of_their_own(tmp_path: Path) -> None:
+    quotas = {"writers_per_day": 1}
+    with Receiver(tmp_path, quotas=quotas).start() as receiver:
+        for node in ("n1", "n2"):
+            statuses = [
+                requests.post(
+                    f"{receiver.url}/v1/batches",
+                    batches.encoded(node=node, job=job),
+                    headers=receiving.HEADERS,
+                    timeout=10,
+                ).status_code
+                for job in (1, 2)
+            ]
+            assert statuses == [200, 429]
+
+
 def test_names_are_mapped_to_nodes_and_clusters(tmp_path: Path) -> None:
     names = [{"match": r"(?P<node>[a-z0-9]+)\.(?P<cluster>[a-z0-9]+)\.example\.org"}]
     tokens = receiving.tokens(
@@ -238,6 +254,23 @@ def test_without_binding_it_is_taken_but_not_vouched_for(tmp_path: Path) -> None
         assert send(receiver.url, node="n7", headers=receiving.HEADERS) == 200
         assert nodes_stored(receiver) == [("n7", False)]
         assert receiving.metric(receiver.url, "unvouched_batches_total") == 1
+
+
+def test_who_speaks_is_settled_before_the_body(tmp_path: Path) -> None:
+    with Receiver(tmp_path).start() as receiver:
+        body = batches.encoded()
+        for token, first in (("wrong", b"401"), (receiving.TOKEN, b"100")):
+            head = (
+                f"POST /v1/batches HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+                f"Authorization: Bearer {token}\r\nContent-Type: application/msgpack\r\n"
+                "Expect: 100-continue\r\n\r\n"
+            )
+            with socket.create_connection(("127.0.0.1", receiver.ports[0]), timeout=10) as sock:
+                sock.sendall(head.encode())
+                assert sock.recv(1000).split()[1] == first
+                if first == b"100":
+                    sock.sendall(body)
+                    assert sock.recv(1000).startswith(b"HTTP/1.1 200 OK")
 
 
 # -- TLS, without anything in front ----------------------------------------------------

@@ -27,7 +27,7 @@ class Case:
     exactly; else only that they balance. entered: at least how many came in is.
     moves: tasks change cgroup at work, and the kernel tells so a moment later: when a tick
     or a switch falls in between, it has charged that slice to the new cgroup already, and
-    no set-up can know. quota: see `jobs.Options`.
+    no set-up can know. quota, total_entries: see `jobs.Options`.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Case:
     entered: bool = True
     moves: bool = False
     quota: int | None = None
+    total_entries: int | None = None
 
 
 def _runs(*command: str) -> Drive:
@@ -195,4 +196,5 @@ CASES: tuple[Case, ...] = (
     Case("nested_cgroups", _nested),
     Case("cgroup_made_again", _made_again),
     Case("quota_too_small", _runs("@many_names", "%", "150", "@burn"), quota=20),
+    Case("map_too_small", _runs("@many_names", "%", "150", "@burn"), total_entries=64),
 )

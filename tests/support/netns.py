@@ -57,27 +57,28 @@ class Link:
         listing = run(*inside, "-L", "INPUT", "-v", "-x", "-n").splitlines()
         return int(listing[2].split()[0]) if len(listing) > 2 else 0
 
-    def inside_server(self, work: Callable[[], None]) -> None:
-        """Do something in a thread that has moved to the server's namespace."""
-        failed: list[OSError] = []
-
-        def moved() -> None:
-            libc = ctypes.CDLL(None, use_errno=True)
-            with Path(f"/run/netns/{self.server}").open("rb") as namespace:
-                if libc.setns(namespace.fileno(), _CLONE_NEWNET) != 0:
-                    failed.append(OSError(ctypes.get_errno(), "setns"))
-                    return
-            work()
-
-        thread = threading.Thread(target=moved)
-        thread.start()
-        thread.join()
-        if failed:
-            raise failed[0]
-
     def remove(self) -> None:
         for namespace in (self.node, self.server):
             subprocess.run(["ip", "netns", "del", namespace], check=False, timeout=30)
+
+
+def inside(namespace: Path, work: Callable[[], None]) -> None:
+    """Do something in a thread that has moved to a network namespace; what it opens stays there."""
+    failed: list[OSError] = []
+
+    def moved() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        with namespace.open("rb") as file:
+            if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
+                failed.append(OSError(ctypes.get_errno(), "setns"))
+                return
+        work()
+
+    thread = threading.Thread(target=moved)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 @contextmanager

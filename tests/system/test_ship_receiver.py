@@ -129,7 +129,7 @@ def kills(
                 process.kill()
                 process.wait()
     with service(config):
-        until(lambda: not waiting(folder))
+        until(lambda: not waiting(folder), 240)
     return sent
 
 

@@ -1,0 +1,1 @@
+"""The demo: one real job through the whole product."""

@@ -85,35 +85,6 @@ def test_reexecuted_manager_changes_nothing(node: Site) -> None:
     check_counts(node, job)
 
 
-def test_killed_slurm_daemons_close_the_job_with_what_is_known(node: Site) -> None:
-    """No Epilog comes; what ends the run is that its processes, or its cgroup, are gone."""
-    node.configure(grace_period_s=2)
-    job, _ = started(node, f"#!/bin/bash\n{WORK} short=50 burn=400\nsleep 100\n", "--no-requeue")
-    wait_for("the figures", lambda: printed_yet(node, job))
-    slurm = {"slurmd", "slurmstepd"}
-    for pid, line in node.machine.processes().items():
-        if Path(line.split(" ")[0].rstrip(":")).name in slurm:
-            os.kill(pid, signal.SIGKILL)
-    for pid, line in node.machine.processes().items():
-        if "sleep 100" in line:
-            os.kill(pid, signal.SIGKILL)
-    node.wait_final(job, seconds=60)
-    check_counts(node, job)
-    final = node.one(job).last.final
-    assert final is not None
-    assert final.reason in ("grace-period", "cgroup-removed")
-    node.configure()
-    node.machine.systemctl("restart", "slurmd")
-    # Where the controller has noticed, it has to be told that the node is well again.
-    resume = ["scontrol", "update", f"nodename={node.machine.hostname}", "state=resume"]
-
-    def idle() -> bool:
-        node.machine.run(resume, check=False)
-        return node.slurm.is_idle()
-
-    wait_for("an idle node", idle, seconds=90)
-
-
 def test_run_requeued_after_an_epilog_that_never_ran(node: Site) -> None:
     """The old run's unit is still there when the new run begins; each has what is its own."""
     epilog = node.machine.path(f"{HOOKS}/epilog.sh")
@@ -278,3 +249,27 @@ def test_slurm_is_well_after_all_this(node: Site) -> None:
     node.slurm.wait_idle()
     assert node.job_folders() == []
     assert node.units() == []
+
+
+def test_killed_slurm_daemons_close_the_job_with_what_is_known(node: Site) -> None:
+    """No Epilog comes; what ends the run is that its processes, or its cgroup, are gone.
+
+    The last test of this node: Slurm does not get over it in the time of a test.
+    """
+    node.configure(grace_period_s=2)
+    job, _ = started(node, f"#!/bin/bash\n{WORK} short=50 burn=400\nsleep 100\n", "--no-requeue")
+    wait_for("the figures", lambda: printed_yet(node, job))
+    slurm = {"slurmd", "slurmstepd"}
+    for pid, line in node.machine.processes().items():
+        if Path(line.split(" ")[0].rstrip(":")).name in slurm:
+            os.kill(pid, signal.SIGKILL)
+    for pid, line in node.machine.processes().items():
+        if "sleep 100" in line:
+            os.kill(pid, signal.SIGKILL)
+    node.wait_final(job, seconds=60)
+    check_counts(node, job)
+    final = node.one(job).last.final
+    assert final is not None
+    assert final.reason in ("grace-period", "cgroup-removed")
+    assert node.units() == []
+    assert node.job_folders() == []

@@ -234,6 +234,20 @@ def test_reboot_closes_what_was_open(node: Site) -> None:
     assert not path.exists()
 
 
+def test_kill_switch_leaves_the_job_alone(node: Site) -> None:
+    """What was counted until then is kept; what comes after is unattributed, and said."""
+    job, _ = started(node, f"#!/bin/bash\n{WORK} short=20 burn=4000\n")
+    node.machine.run([PROGRAM, "unload"])
+    assert node.pins() == []
+    node.slurm.wait(job)
+    assert node.output(job)["burn"] == 1
+    run = node.one(job)
+    assert run.execs(f"{BIN}/work") == 1
+    assert run.ledger.unattributed_cpu_ns is not None
+    assert run.ledger.unattributed_cpu_ns > 0
+    node.machine.run([PROGRAM, "load"])
+
+
 def test_upgrade_restarts_no_unit(node: Site) -> None:
     job, pid = started(node, f"#!/bin/bash\n{WORK} short=20 burn=1500\n")
     node.machine.run([PROGRAM, "install-units"])

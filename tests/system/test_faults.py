@@ -26,7 +26,10 @@ def main_pid(node: Site, job: int) -> int:
     """Host's PID of a job's collector."""
     inside = node.machine.systemctl("show", "-P", "MainPID", f"sams-ebpf@{job}.service")
     for pid, line in node.machine.processes().items():
-        status = Path(f"/proc/{pid}/status").read_text()
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
         if re.search(rf"^NSpid:.*\t{inside}$", status, re.MULTILINE) and "collect" in line:
             return pid
     return 0

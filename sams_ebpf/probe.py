@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import ctypes
 import errno
-import gzip
 import importlib
 import importlib.util
 import os

@@ -110,6 +110,11 @@ def _make(folder: Path) -> dict[str, int]:
     return {"jobs": JOBS, "batches": batches, "records": records, "bytes": size, "raw": raw}
 
 
+def _record(path: bytes, counter: list[int], at: int) -> wire.Record:
+    cpu, user, system = counter
+    return wire.Record(path, 0, None, cpu, user, system, at, at, at, 1 << 28, at << 12, at << 12)
+
+
 def _job(  # noqa: PLR0917 - a job is all of these
     chance: random.Random, names: list[bytes], job: int, node: str, start: int, count: int
 ) -> tuple[list[Item], int]:
@@ -135,10 +140,7 @@ def _job(  # noqa: PLR0917 - a job is all of these
                 counter[2] += user // 20
                 changed.append(path)
         total = sum(counter[0] for counter in counters.values())
-        rows = [
-            wire.Record(path, 0, None, *counters[path], at, at, at, 1 << 28, at << 12, at << 12)
-            for path in (own if full else changed)
-        ]
+        rows = [_record(path, counters[path], at) for path in (own if full else changed)]
         records += len(rows)
         batch = wire.Batch(
             v=1, kind="counters", epoch=epoch, generation=1, writer=writer, sequence=at,

@@ -28,6 +28,7 @@ NAMES: tuple[str, ...] = (
     "receiver_speed",
     "receiver_memory",
     "rules",
+    "facts",
 )
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks

@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from sams_ebpf import cgroups, config, daemon, envfile, privileges, program, wire, writer
+from sams_ebpf import cgroups, config, daemon, envfile, privileges, program, unclaimed, wire, writer
 from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.errors import PartialError, UsageError
 from sams_ebpf.opening import Opener
@@ -29,7 +29,8 @@ def command(arguments: argparse.Namespace) -> int:
     program.start_log("sams-ebpf", f"collect job={job} node={claims.node}")
     collector = Collector(site, claims, arguments.jobid, arguments.cgroup)
     with daemon.sleeping() as (signals, watch, sleeper):
-        if arguments.finish:
+        # The handlers stand: an Epilog from here on is heard, one of before left its mark.
+        if arguments.finish or (arguments.env_file and envfile.ended(arguments.env_file)):
             signals.came = "SIGHUP"
         return collector.run(signals, watch, sleeper)
 
@@ -98,6 +99,8 @@ class Collector:
         if meter is None:
             _log.warning("no cgroup of job %s was found: nothing was measured", self._instance)
             return 0
+        if self._opener.in_kernel:
+            unclaimed.clear(self._site)
         self._give_up_privileges(meter)
         out = writer.Writer(
             meter,
@@ -122,6 +125,7 @@ class Collector:
             # What was counted stays where it is, for whoever comes next.
             raise PartialError(f"job {self._instance}: ended, and its last batch was not written")
         meter.close()
+        self._write_sams_json(out.last)
         _log.info("ended: %s, %d processes alive", closing.reason, closing.live)
         return 0
 
@@ -148,6 +152,18 @@ class Collector:
         if self._opener.in_kernel:
             return self._opener.take(found[0])
         return self._opener.sampled(found, self._instance)
+
+    def _write_sams_json(self, last: wire.Batch | None) -> None:
+        """Also write upstream's file, where the site still collects those."""
+        settings = self._site.collector.sams_json
+        if settings is None or last is None:
+            return
+        from sams_ebpf import sams_json  # noqa: PLC0415 (few sites need it)
+
+        try:
+            sams_json.write(last, settings)
+        except sams_json.SamsJsonError as error:
+            _log.warning("%s; the batch in the spool has it all", error)
 
     def _give_up_privileges(self, meter: BpfMeter | ProcMeter) -> None:
         if isinstance(meter, ProcMeter):

@@ -38,6 +38,11 @@ def job_of(instance: str) -> int:
     return int(match["job"])
 
 
+def ended(path: Path) -> bool:
+    """Tell whether the Epilog has been there: a file `ended` beside the environment file."""
+    return path.with_name("ended").exists()
+
+
 def read(path: Path) -> wire.Claims:
     """Read the file. Raises UsageError when there is none, or none that can be read."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from sams_ebpf import bpf, config, leftovers, meters, pins, programs, slots, writer
+from sams_ebpf import bpf, config, leftovers, meters, pins, programs, slots, unclaimed, writer
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Loader
 
@@ -61,8 +61,12 @@ def unload(_: argparse.Namespace) -> int:
     return 0
 
 
-def gc(_: argparse.Namespace) -> int:
-    """Remove what nobody needs: sets without jobs that are not to stay, unfinished ones."""
+def gc(arguments: argparse.Namespace) -> int:
+    """Remove what nobody needs: sets without jobs that are not to stay, unfinished ones.
+
+    Jobs that nobody claimed for long are spooled first.
+    """
+    unclaimed.clear(config.load(arguments.config))
     with pins.lock():
         gone = pins.collect_garbage()
     for folder in gone:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from sams_ebpf import bpf, cgroups, config, host, layout, meters, pins, probe, slots
-from sams_ebpf.cgroups import Cgroup
+from sams_ebpf.cgroups import Cgroup, Hierarchy
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Attempt, Choice
 from sams_ebpf.procfs import ProcMeter
@@ -82,8 +82,7 @@ class Opener:
         while True:
             with pins.lock():
                 for used, slot in self._slots():
-                    holder = _holder(used, slot)
-                    if holder is None or time.monotonic() >= deadline:
+                    if holder(used, slot) is None or time.monotonic() >= deadline:
                         return self._meter(used, slot)
                     break
                 else:
@@ -98,7 +97,7 @@ class Opener:
             return self._meter(used, slots.take(used, cgroup), cgroup)
 
     def _meter(self, used: ProgramSet, slot: layout.Slot, cgroup: Cgroup | None = None) -> BpfMeter:
-        where = cgroup or self._place(os.fsdecode(slot.path))
+        where = cgroup or place(os.fsdecode(slot.path), self._tree)
         return BpfMeter(used, slot, where, let_go=pins.let_go)
 
     def _slots(self) -> Iterator[tuple[ProgramSet, layout.Slot]]:
@@ -120,22 +119,22 @@ class Opener:
             return same_tree and slot.path == slots.kernel_path(self._cgroup)
         return slot.path.rpartition(b"/")[2] in self._names
 
-    def _place(self, path: str) -> Cgroup:
-        """Find where a path of the kernel's is mounted; it need not be there any more.
 
-        Inside a cgroup namespace the first parts of the path are not to be seen.
-        """
-        hierarchy = self._tree
-        path = path.removeprefix(hierarchy.root.rstrip("/"))
-        short = path
-        while short.count("/") > 1:
-            if Path(hierarchy.folder(os.path.dirname(short))).is_dir():  # noqa: PTH120
-                return Cgroup(folder=hierarchy.folder(short), path=short, hierarchy=hierarchy)
-            short = short[short.index("/", 1) :]
-        return Cgroup(folder=hierarchy.folder(path), path=path, hierarchy=hierarchy)
+def place(path: str, tree: Hierarchy) -> Cgroup:
+    """Find where a path of the kernel's is mounted; it need not be there any more.
+
+    Inside a cgroup namespace the first parts of the path are not to be seen.
+    """
+    path = path.removeprefix(tree.root.rstrip("/"))
+    short = path
+    while short.count("/") > 1:
+        if Path(tree.folder(os.path.dirname(short))).is_dir():  # noqa: PTH120
+            return Cgroup(folder=tree.folder(short), path=short, hierarchy=tree)
+        short = short[short.index("/", 1) :]
+    return Cgroup(folder=tree.folder(path), path=path, hierarchy=tree)
 
 
-def _holder(used: ProgramSet, slot: layout.Slot) -> int | None:
+def holder(used: ProgramSet, slot: layout.Slot) -> int | None:
     """Give the PID of the living collector that has claimed a slot; None if there is none."""
     claim = slots.claim_of(used, slot.id)
     if claim is None or claim.pid in (0, os.getpid()):
@@ -144,4 +143,4 @@ def _holder(used: ProgramSet, slot: layout.Slot) -> int | None:
         words = Path(f"/proc/{claim.pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return None
-    return claim.pid if b"collect" in words else None
+    return claim.pid if {b"collect", b"gc"} & set(words) else None

@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import msgspec
 
-from sams_ebpf import config, leftovers, paths, spool, wire
+from sams_ebpf import bpf, config, layout, leftovers, paths, pins, slots, spool, wire
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,30 +40,96 @@ class Spool(msgspec.Struct, frozen=True, kw_only=True):
     max_bytes: int
 
 
+class ProgramSet(msgspec.Struct, frozen=True, kw_only=True):
+    """One pinned set of BPF programs.
+
+    stays: it was loaded to stay. closed: it takes no new jobs, a newer one does.
+    tripped: it switched itself off for its cost. unclaimed: slots that no collector has
+    taken up. cost_ns: CPU time of the programs since they were loaded, by sampling, and
+    cost_share: of one CPU. slots_full: job cgroups that found no slot.
+    """
+
+    name: str
+    loader: str
+    stays: bool
+    closed: bool
+    tripped: bool
+    slots_used: int
+    unclaimed: int
+    slots_full: int
+    events: int
+    cost_ns: int
+    cost_share: float
+
+
+class Programs(msgspec.Struct, frozen=True, kw_only=True):
+    """What is in the kernel; `unread`: why it could not be told."""
+
+    sets: list[ProgramSet] = []
+    slots_used: int = 0
+    unread: str | None = None
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """Everything `status --json` prints."""
 
     node: str
     jobs: list[Job]
     spool: Spool
+    programs: Programs
 
 
 def command(arguments: argparse.Namespace) -> int:
     """Print the node's state."""
     site = config.load(arguments.config)
-    status = read(site, time.time_ns())
+    status = read(site, time.time_ns(), programs())
     print(msgspec.json.encode(status).decode() if arguments.json else show(status))
     return 0
 
 
-def read(site: config.Config, now_ns: int) -> Status:
+def read(site: config.Config, now_ns: int, loaded: Programs) -> Status:
     """Look at the folders that the configuration names."""
     opened = leftovers.open_batches(site.collector.state)
     return Status(
         node=site.site.node_name(),
         jobs=sorted((_job(header, now_ns) for _, header in opened), key=lambda job: job.job or 0),
         spool=_spool(site.spool, now_ns),
+        programs=loaded,
     )
+
+
+def programs() -> Programs:
+    """Look at the pinned sets; without privileges, say that they cannot be seen."""
+    try:
+        sets = [_set(folder) for folder in pins.folders()]
+    except (bpf.BpfError, PermissionError) as error:
+        return Programs(unread=str(error))
+    return Programs(sets=sets, slots_used=sum(one.slots_used for one in sets))
+
+
+def _set(folder: Path) -> ProgramSet:
+    one = pins.open_set(folder)
+    try:
+        used = list(slots.used(one))
+        flags = one.node()
+        costs = one.costs()
+        age_ns = max(1, time.time_ns() - folder.stat().st_ctime_ns)
+        cost_ns = sum(cpu.sampled_ns for cpu in costs)
+        return ProgramSet(
+            name=folder.name,
+            loader=one.loader,
+            stays=bool(flags.stay),
+            closed=bool(flags.closed),
+            tripped=bool(flags.tripped),
+            slots_used=len(used),
+            unclaimed=sum(slots.claim_of(one, slot.id) is None for slot in used),
+            slots_full=flags.slots_full,
+            events=sum(cpu.events for cpu in costs),
+            cost_ns=cost_ns,
+            cost_share=cost_ns / age_ns,
+        )
+    finally:
+        one.close()
 
 
 def _job(header: wire.Header, now_ns: int) -> Job:
@@ -135,7 +202,7 @@ def show(status: Status) -> str:
     jobs = [_row(job) for job in status.jobs]
     lines = [f"node {paths.show(status.node.encode())}: {len(jobs)} jobs", ""]
     lines += _table([head, *jobs]) if jobs else ["no job is being measured"]
-    return "\n".join([*lines, "", *_spool_lines(status.spool)])
+    return "\n".join([*lines, "", *_spool_lines(status.spool), *_program_lines(status.programs)])
 
 
 def _row(job: Job) -> tuple[str, ...]:
@@ -171,6 +238,25 @@ def _spool_lines(state: Spool) -> Iterable[str]:
     if state.oldest_age_s is not None:
         text += f", oldest {span(state.oldest_age_s)} ago"
     return [text]
+
+
+def _program_lines(loaded: Programs) -> Iterable[str]:
+    if loaded.unread is not None:
+        return [f"programs: cannot be seen: {loaded.unread}"]
+    if not loaded.sets:
+        return ["programs: none loaded; `sams-ebpf load` counts jobs from their first process on"]
+    return [_program_line(one) for one in loaded.sets]
+
+
+def _program_line(one: ProgramSet) -> str:
+    words = ["loaded to stay" if one.stays else "loaded for its jobs"]
+    words += ["no new jobs"] if one.closed else []
+    words += ["SWITCHED OFF: took too much time"] if one.tripped else []
+    words.append(f"{one.slots_used} of {layout.SLOTS} slots in use ({one.unclaimed} unclaimed)")
+    words += [f"{one.slots_full} jobs found none"] if one.slots_full else []
+    each = one.cost_ns / one.events if one.events else 0
+    words.append(f"{one.events} events of {each:.0f} ns, {100 * one.cost_share:.3f} % of a CPU")
+    return f"programs {one.name} ({one.loader}): {', '.join(words)}"
 
 
 def span(seconds: float) -> str:

@@ -142,6 +142,7 @@ class Writer:
         self._state = state
         self._clock = clock
         self._failing = False
+        self.last: wire.Batch | None = None
 
     def write(self, final: wire.Closing | None = None) -> bool:
         """Harvest and spool one batch; False if it could not be kept, which is logged once."""
@@ -160,6 +161,7 @@ class Writer:
             _log.info("%s: batches are written again", self._folder)
         self._failing = False
         self.composer.kept(batch)
+        self.last = batch
         self._note(path, final)
         return True
 

@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 from sams_aggregator import manifest, nodelist, tables
 from sams_aggregator.manifest import Manifest, Store
 from sams_aggregator.months import of_zone
-from sams_aggregator.tables import SetWriter, integers, objects
+from sams_aggregator.tables import SetWriter, integers
 
 DERIVED: Final = "derived"
 _SEMANTICS: Final = 1  # raise it when the same facts would give other accounts
@@ -200,12 +200,8 @@ class _Builder:
         """)
 
     def _table(self, name: str, columns: tuple[str, str], rows: list[tuple[str, str]]) -> None:
-        self._do(f"CREATE TEMP TABLE {name} ({columns[0]} VARCHAR, {columns[1]} VARCHAR)")
-        if rows:
-            first, second = zip(*rows, strict=True)
-            self._connection.register("rows_in", {"a": objects(first), "b": objects(second)})
-            self._do(f"INSERT INTO {name} SELECT a, b FROM rows_in")
-            self._connection.unregister("rows_in")
+        with tables.loaded(dict.fromkeys(columns, "VARCHAR"), rows) as source:
+            self._do(f"CREATE TEMP TABLE {name} AS FROM {source}")
 
     def resolve(self) -> None:
         """Table `resolved`: epoch, run of sacct or NULL, status.

@@ -107,9 +107,12 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def chosen(arguments: argparse.Namespace, config: cfg.Config) -> tuple[list[Path], list[Source]]:
-    """Archives and folders that the options name, else those of the configuration."""
+    """Archives and folders that the options name, else those of the configuration.
+
+    `--sacct` names no source of batches: its rows are read beside whichever there are.
+    """
     part = config.aggregator
-    named = bool(arguments.archive or arguments.batches or arguments.sams_json or arguments.sacct)
+    named = bool(arguments.archive or arguments.batches or arguments.sams_json)
     archives = list(arguments.archive)
     batches, sams = list(arguments.batches), list(arguments.sams_json)
     if not named:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from re import _constants as c  # type: ignore[attr-defined]  # the tree has no public name
 from re import _parser as parser  # type: ignore[attr-defined]
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 # Flags that change nothing on one line of printable ASCII; IGNORECASE is translated.
 _HARMLESS: Final = re.UNICODE | re.ASCII | re.MULTILINE | re.DOTALL | re.VERBOSE
@@ -116,6 +117,94 @@ def _count(low: int, high: int) -> str:
     if low > _MOST_REPEATS or (high is not c.MAXREPEAT and high > _MOST_REPEATS):
         raise _Unknown
     return f"{{{low},}}" if high is c.MAXREPEAT else f"{{{low},{high}}}"
+
+
+class Reach(NamedTuple):
+    """How far into a path a pattern can see, counted in slashes.
+
+    needs: what a match is, and its groups, does not depend on anything behind this many
+        slashes, whatever it is, if what is before is plain; None: not known.
+    fixed: RE2 patterns of the first one, two, … parts of the path, each with the slash
+        at its end. Where one of them does not match, nothing that begins so can.
+    """
+
+    needs: int | None
+    fixed: tuple[str, ...]
+
+
+def reach(pattern: str) -> Reach:
+    """Tell how far a pattern sees; sure where that part of the path is plain."""
+    if to_re2(pattern) is None:
+        return Reach(None, ())
+    tree = _parse(pattern)
+    fold = "i" if tree.state.flags & re.IGNORECASE else ""
+    nodes = list(tree)
+    if nodes and _takes_any(nodes[-1]):
+        nodes.pop()  # outside of a group it takes what it likes, and matches in any case
+    flat = _flat(nodes)
+    counts = [_slashes(op, value) for op, value in flat]
+    fixed = []
+    for at, (node, count) in enumerate(zip(flat, counts, strict=True)):
+        if node == _SLASH:
+            fixed.append(f"(?{fold}:{_sequence(flat[: at + 1])})")
+        elif count != 0:
+            break
+    if None in counts:
+        return Reach(None, tuple(fixed))
+    total = sum(count for count in counts if count is not None)
+    # A match that always ends in a slash needs nothing behind it; any other has to see
+    # that a slash it cannot take follows.
+    return Reach(total if flat[-1:] == [_SLASH] else total + 1, tuple(fixed))
+
+
+_SLASH: Final = (c.LITERAL, ord("/"))
+
+
+def _takes_any(node: Any) -> bool:  # noqa: ANN401
+    op, value = node
+    if op not in (c.MAX_REPEAT, c.MIN_REPEAT):
+        return False
+    low, high, body = value
+    return bool(low == 0 and high == c.MAXREPEAT and list(body) == [(c.ANY, None)])
+
+
+def _flat(nodes: Iterable[Any]) -> list[Any]:
+    """Nodes in order, those of groups without the brackets."""
+    flat: list[Any] = []
+    for op, value in nodes:
+        if op is c.SUBPATTERN and not (value[1] | value[2]) & re.IGNORECASE:
+            flat += _flat(value[3])
+        else:
+            flat.append((op, value))
+    return flat
+
+
+def _slashes(op: Any, value: Any) -> int | None:  # noqa: ANN401
+    """The most slashes that a node can take; None: any number."""
+    if op in (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN):
+        return 1 if _characters(op, value, folded=False) & 1 << ord("/") else 0
+    if op is c.AT:
+        return 0
+    if op is c.SUBPATTERN:
+        return _all_slashes(value[3])
+    if op is c.BRANCH:
+        counts = [_all_slashes(branch) for branch in value[1]]
+        return None if None in counts else max(count for count in counts if count is not None)
+    _, high, body = value
+    count = _all_slashes(body)
+    if not count:
+        return count
+    return None if high == c.MAXREPEAT else int(high) * count
+
+
+def _all_slashes(tree: Any) -> int | None:  # noqa: ANN401
+    total = 0
+    for op, value in tree:
+        count = _slashes(op, value)
+        if count is None:
+            return None
+        total += count
+    return total
 
 
 # Sets of characters as bits: one each for ASCII; of all others, the digits, the rest of

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from sams_aggregator import accounts, job, manifest, months, show, software, tables
@@ -16,7 +16,6 @@ from sams_aggregator.accounts import Accounts
 from sams_aggregator.manifest import Store
 from sams_aggregator.rules import Software
 from sams_aggregator.show import Column, Report
-from sams_aggregator.tables import integers, objects
 from sams_ebpf import wire
 from sams_ebpf.errors import UsageError
 
@@ -237,42 +236,32 @@ def open_accounts(
     for name in ("run", "path"):
         connection.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM {made.source(name)}")
     every = accounts.paths_of(connection, made)
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("path_id", "kind", "software", "version", "local_version")
-    }
-    for number, path in enumerate(every, 1):
-        soft = names.get(path)
-        columns["path_id"].append(number)
-        plain = soft is not None and not soft.ignore
-        columns["kind"].append(
-            "software" if plain else "undetermined" if soft is None else "ignored"
-        )
-        columns["software"].append(soft.software if soft is not None and plain else None)
-        columns["version"].append(soft.version if soft is not None and plain else None)
-        columns["local_version"].append(soft.local_version if soft is not None and plain else None)
-    if every:
-        connection.register(
-            "soft_in",
-            {
-                name: integers(values) if name == "path_id" else objects(values)
-                for name, values in columns.items()
-            },
-        )
-        connection.execute(
-            "CREATE TEMP TABLE soft AS SELECT path_id, CAST(kind AS VARCHAR) AS kind,"
-            " CAST(software AS VARCHAR) AS software, CAST(version AS VARCHAR) AS version,"
-            " CAST(local_version AS VARCHAR) AS local_version FROM soft_in"
-        )
-    else:
-        connection.execute(
-            "CREATE TEMP TABLE soft (path_id BIGINT, kind VARCHAR, software VARCHAR,"
-            " version VARCHAR, local_version VARCHAR)"
-        )
+    with tables.loaded(_SOFT, _softs(every, names)) as source:
+        connection.execute(f"CREATE TEMP TABLE soft AS FROM {source}")
     if upstream:
         connection.execute(_UPSTREAM.format(source=made.source("account")))
     else:
         connection.execute(f"CREATE TEMP VIEW account AS SELECT * FROM {made.source('account')}")
     return connection
+
+
+_SOFT: Final = {
+    "path_id": "BIGINT", "kind": "VARCHAR", "software": "VARCHAR", "version": "VARCHAR",
+    "local_version": "VARCHAR",
+}  # fmt: skip
+
+
+def _softs(
+    every: Sequence[bytes], names: dict[bytes, Software | None]
+) -> Iterator[tuple[Any, ...]]:
+    for number, path in enumerate(every, 1):
+        found = names.get(path)
+        if found is None:
+            yield number, "undetermined", None, None, None
+        elif found.ignore:
+            yield number, "ignored", None, None, None
+        else:
+            yield number, "software", found.software, found.version, found.local_version
 
 
 # Upstream shares CPUs x (last - first sample) out over what it saw; it knows no other rows.

@@ -42,6 +42,10 @@ _TOP_KEYS: Final = ("rules", "rewrite", "stop_on_rewrite_match")
 _RE2_MEMORY: Final = 64 << 20  # bytes for the states of the automaton
 _MOST_REMEMBERED: Final = 1 << 20
 _MOST_LATE: Final = 10_000
+_DEEPEST: Final = 64  # slashes; what is settled further down is settled by the whole path
+_NEVER: Final = _DEEPEST + 1
+_TRIALS: Final = 50_000
+_HINT: Final = 6  # bytes that tell one tree of folders from another
 _CONVERSION: Final = re.compile(r"%(?:%|\([^)]*\)[#0\- +]*[0-9]*(?:\.[0-9]+)?[sra])|(%)")
 
 Groups = Mapping[str, str | None]
@@ -130,6 +134,7 @@ class Rules:
         self._late: dict[bytes, int] = {}  # paths that took too long, not to be tried again
         self._everything = tuple(range(len(self.rules)))
         self._filter, self._unfiltered = _prefilter(self.rules)
+        self._beginnings = _Beginnings(self.rules)
 
     @classmethod
     def from_config(
@@ -184,8 +189,24 @@ class Rules:
         out: list[Software | None] = []
         add = out.append
         quick = self._quick
+        beginnings = self._beginnings
+        before = beginnings.paths
+        hints, known, cuts = beginnings.hints, beginnings.known, beginnings.cuts
         with _time_limits(self._limit_s) as limit:
             for path in paths:
+                # Most paths begin like an earlier one that is settled: nothing but two
+                # look-ups for these. All else is left to `_quick`.
+                cut = hints.get(path[:_HINT])
+                found: Software | int | None = 0
+                while cut is not None and (beginning := cut(path)) is not None:
+                    found = known.get(beginning[0], 0)
+                    if found.__class__ is not int:
+                        break
+                    cut = cuts[found] if found else None
+                if found.__class__ is not int:
+                    add(found)  # type: ignore[arg-type]
+                    continue
+                beginnings.paths = before + len(out)
                 result = quick(path)
                 if result is not False:
                     add(result)
@@ -203,14 +224,21 @@ class Rules:
                 add(None)
                 if on_timeout is not None:
                     on_timeout(path, late)
+        beginnings.paths = before + len(out)
         return out
 
     def _quick(self, path: bytes) -> Software | Literal[False] | None:
         """Answer for the usual path; False where it takes a closer look."""
-        if self._filter is None or self._unfiltered or not path.isascii():
+        if self._beginnings.useful:
+            known = self._settled(path)
+            if known is not False:
+                return known
+        if self._filter is None or not path.isascii():
             return False
         text = path.decode("ascii")
         if not text.isprintable():
+            return False
+        if self._unfiltered:
             return False
         hits = self._filter.Match(path)
         if not hits:
@@ -224,8 +252,49 @@ class Rules:
         found = rule.regex.match(text)
         if found is None:
             return False
-        known: Software | Literal[False] = self._known[index].get(self._used[index](found), False)
-        return known
+        result: Software | Literal[False] = self._known[index].get(self._used[index](found), False)
+        return result
+
+    def _settled(self, path: bytes) -> Software | Literal[False] | None:
+        """Look for a beginning of the path that settles it; False if there is none."""
+        beginnings = self._beginnings
+        way: list[tuple[bytes, int]] = []
+        depth = 2
+        while True:
+            cut = beginnings.cuts[depth](path)
+            if cut is None:
+                beginnings.too_short(way, path.count(b"/"))
+                return False
+            beginning = cut[0]
+            found = beginnings.known.get(beginning, False)
+            new = found is False
+            if found is False:
+                found = self._settle(beginning, depth)
+                beginnings.remember(beginning, found)
+            if not isinstance(found, int):
+                beginnings.arrived(path, way, depth, new=new)
+                return found
+            way.append((beginning, depth))
+            depth = found
+
+    def _settle(self, beginning: bytes, depth: int) -> Software | int | None:
+        """What all paths are that begin so, with `depth` slashes; else the depth to try next."""
+        text = _text(beginning)
+        if not (text.isascii() and text.isprintable()):
+            return _NEVER
+        hits = None if self._filter is None else self._filter.Match(beginning)
+        undecided = self._beginnings.undecided(beginning, depth)
+        if self._rewrites_risky or not hits or undecided is None:
+            return _NEVER
+        for index in sorted(hits):
+            if index >= undecided or index == len(self.rules):
+                break
+            if self.rules[index].risky:
+                return _NEVER
+            found = self.rules[index].regex.match(text)
+            if found is not None:
+                return self._result(index, found, _no_limit_here)
+        return min(depth + 1, _NEVER) if undecided < len(self.rules) else None
 
     def explain(self, path: bytes) -> Explanation | None:
         """Tell which rule and rewrites make what of this path."""
@@ -291,16 +360,19 @@ class Rules:
             found = self._match(index, text, limit)
             if found is None:
                 continue
-            known = self._known[index]
-            key = self._used[index](found)
-            result = known.get(key)
-            if result is None:
-                result, _ = self._build(index, found.groupdict(), limit)
-                if len(known) >= _MOST_REMEMBERED:
-                    known.clear()
-                known[key] = result
-            return result
+            return self._result(index, found, limit)
         return None
+
+    def _result(self, index: int, found: re.Match[str], limit: _Limit) -> Software:
+        known = self._known[index]
+        key = self._used[index](found)
+        result = known.get(key)
+        if result is None:
+            result, _ = self._build(index, found.groupdict(), limit)
+            if len(known) >= _MOST_REMEMBERED:
+                known.clear()
+            known[key] = result
+        return result
 
     def _match(self, index: int, text: str, limit: _Limit) -> re.Match[str] | None:
         rule = self.rules[index]
@@ -338,6 +410,112 @@ class Rules:
                 applied.append(rewrite.number)
                 if self.stop_on_rewrite_match:
                     break
+
+
+_Cut = Callable[[bytes], "re.Match[bytes] | None"]
+
+
+class _Cuts(dict[int, _Cut]):
+    """By a number of slashes: what cuts a path behind that many, if it has them."""
+
+    def __missing__(self, slashes: int) -> _Cut:
+        # Unrolled: a repeated group takes twice the time.
+        found = _no_beginning if slashes > _DEEPEST else re.compile(rb"[^/]*+/" * slashes).match
+        self[slashes] = found
+        return found
+
+
+def _no_beginning(_path: bytes) -> None:
+    return None
+
+
+class _Beginnings:
+    """Beginnings of paths and what they settle: see `regexps.reach`.
+
+    known: for a beginning, with a slash at its end, the software of all paths that have
+    it, or the number of slashes at which to look next. hints: for the first bytes of a
+    path, where it may be settled; nothing depends on their being right. paths: how many were
+    mapped; misses: at how many of them something new was learned, or nothing at all.
+    """
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.known: dict[bytes, Software | int | None] = {}
+        self.hints: dict[bytes, _Cut] = {}
+        self.cuts = _Cuts()
+        self._depths: dict[bytes, int] = {}
+        self.useful = True
+        self._reach = [regexps.reach(rule.pattern) for rule in rules]
+        self._sets: dict[int, tuple[re2.Set, list[int]] | None] = {}
+        self.paths = self.misses = 0
+
+    def undecided(self, beginning: bytes, depth: int) -> int | None:
+        """Index of the first rule for which more of the path may matter, or their number.
+
+        None: that could not be told.
+        """
+        if depth not in self._sets:
+            self._sets[depth] = self._make(depth)
+        made = self._sets[depth]
+        if made is None:
+            return None
+        automaton, indices = made
+        hits = automaton.Match(beginning)
+        return indices[min(hits)] if hits else None
+
+    def _make(self, depth: int) -> tuple[re2.Set, list[int]] | None:
+        automaton = _new_set()
+        indices = []
+        try:
+            for index, reach in enumerate(self._reach):
+                if reach.needs is not None and reach.needs <= depth:
+                    continue
+                fixed = reach.fixed[:depth]
+                automaton.Add(fixed[-1] if fixed else "(?:)")
+                indices.append(index)
+            automaton.Add("(?:)")
+            automaton.Compile()
+        except re2.error:
+            return None
+        return automaton, [*indices, len(self._reach)]
+
+    def remember(self, beginning: bytes, found: Software | int | None) -> None:
+        """Keep what was found, within bounds."""
+        if len(self.known) >= _MOST_REMEMBERED:
+            self.known.clear()
+            self.hints.clear()
+        self.known[beginning] = found
+
+    def arrived(self, path: bytes, way: list[tuple[bytes, int]], depth: int, *, new: bool) -> None:
+        """Shorten the way for those that come after, and count what it was good for."""
+        head = path[:_HINT]
+        shortest = min(depth, self._depths.get(head, depth))
+        self._depths[head] = shortest
+        self.hints[head] = self.cuts[shortest]
+        for beginning, at in way:
+            if self.known.get(beginning) == at + 1:
+                self.known[beginning] = depth
+        if new:
+            self._missed()
+
+    def too_short(self, way: list[tuple[bytes, int]], slashes: int) -> None:
+        """Where the way leads on too far for a path it shall be shorter."""
+        if way and way[-1][1] < slashes:
+            self.known[way[-1][0]] = slashes
+        self._missed()
+
+    def _missed(self) -> None:
+        """Give up where hardly any path begins like an earlier one."""
+        self.misses += 1
+        if self.misses > _TRIALS and self.paths < 2 * self.misses:
+            self.useful = False
+            self.hints.clear()
+
+
+def _new_set() -> re2.Set:
+    options = re2.Options()
+    options.max_mem = _RE2_MEMORY
+    options.log_errors = False
+    return re2.Set.MatchSet(options)
 
 
 def _used(rule: Rule) -> Callable[[re.Match[str]], object]:
@@ -404,10 +582,7 @@ def _prefilter(rules: Sequence[Rule]) -> tuple[re2.Set | None, tuple[int, ...]]:
     Its last pattern always matches, so that an automaton out of memory, which reports no
     match at all, cannot pass for the answer "no rule".
     """
-    options = re2.Options()
-    options.max_mem = _RE2_MEMORY
-    options.log_errors = False
-    automaton = re2.Set.MatchSet(options)
+    automaton = _new_set()
     unfiltered = []
     never = r"[^\x{0}-\x{10ffff}]"
     try:

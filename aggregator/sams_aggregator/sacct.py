@@ -6,10 +6,9 @@ Fields that an older sacct lacks are left out; those of REQUIRED have to be ther
 
 from __future__ import annotations
 
-import calendar
+import datetime as dt
 import json
 import os
-import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -33,7 +32,8 @@ REQUIRED: Final = frozenset(
 CHUNK_BYTES: Final = 8 << 20
 MAX_LINE: Final = 1 << 20
 SECOND: Final = 1_000_000_000
-_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)")
+_TIME_LENGTH: Final = len("2026-01-02T03:04:05")
+_EPOCH: Final = dt.datetime(1970, 1, 1)  # noqa: DTZ001 - sacct's times name no zone; they are UTC
 _NO_TIME: Final = frozenset({"Unknown", "None", "NONE", "", "N/A"})
 _TEXT = {
     "Cluster": "cluster", "User": "user", "Account": "account", "Partition": "partition",
@@ -191,16 +191,17 @@ def _job(line: bytes, columns: list[str], cluster: str | None, read_ns: int) -> 
 
 
 def time_ns(text: str) -> int | None:
-    """A time of sacct, printed with TZ=UTC; None for what did not happen yet."""
-    match = _TIME.fullmatch(text)
-    if match is None:
-        if text in _NO_TIME:
-            return None
+    """Read a time of sacct, printed with TZ=UTC; None for what did not happen yet."""
+    if text in _NO_TIME:
+        return None
+    try:
+        moment = dt.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"not a time: '{text:.40}'") from error
+    if len(text) != _TIME_LENGTH or not 1970 <= moment.year <= 2261:
         raise ValueError(f"not a time: '{text:.40}'")
-    numbers = tuple(map(int, match.groups()))
-    if not (1970 <= numbers[0] <= 2261 and 1 <= numbers[1] <= 12 and 1 <= numbers[2] <= 31):
-        raise ValueError(f"not a time: '{text:.40}'")
-    return calendar.timegm((*numbers, 0, 0, 0)) * SECOND
+    since = moment - _EPOCH
+    return (since.days * 86400 + since.seconds) * SECOND
 
 
 def _count(row: dict[str, str], field: str) -> int:

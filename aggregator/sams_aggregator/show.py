@@ -1,3 +1,4 @@
+# ruff: noqa: S608 - names of columns are those of the report itself
 """Rows of a report as a table for people, CSV, JSON or Parquet, each in its own safe form."""
 
 from __future__ import annotations
@@ -105,21 +106,22 @@ def _plain(value: object) -> object:
 
 
 def as_parquet(report: Report, path: Path) -> None:
-    """A Parquet file with the rows."""
+    """Write a Parquet file with the rows."""
     connection = tables.connect()
-    columns = {}
-    kinds = {}
-    for column in report.columns:
-        values = [row.get(column.name) for row in report.rows]
-        if all(isinstance(value, int) or value is None for value in values) and values:
-            columns[column.name] = tables.objects([None if v is None else str(v) for v in values])
-            kinds[column.name] = "DECIMAL(38, 0)"
-        else:
-            columns[column.name] = tables.objects([None if v is None else text(v) for v in values])
-            kinds[column.name] = "VARCHAR"
-    names = ", ".join(f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in kinds.items())
-    connection.register("rows_in", columns)
-    tables.copy(connection, f"SELECT {names} FROM rows_in", path)  # noqa: S608 - own names
+    names = [column.name for column in report.columns]
+    select = []
+    for name in names:
+        values = [row.get(name) for row in report.rows]
+        number = bool(values) and all(isinstance(value, int) or value is None for value in values)
+        # Sums may be beyond 64 bits.
+        kind = "DECIMAL(38, 0)" if number else "VARCHAR"
+        select.append(f'CAST("{name}" AS {kind}) AS "{name}"')
+    rows = (
+        [None if row.get(name) is None else text(row.get(name)) for name in names]
+        for row in report.rows
+    )
+    with tables.loaded(dict.fromkeys(names, "VARCHAR"), rows) as source:
+        tables.copy(connection, f"SELECT {', '.join(select)} FROM {source}", path)
     connection.close()
 
 

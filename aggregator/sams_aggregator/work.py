@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 
 from sams_aggregator import sacct, sams_facts, tables
 from sams_aggregator.months import Months, of_zone
-from sams_aggregator.tables import SetWriter, integers, objects
+from sams_aggregator.tables import SetWriter, integers
 from sams_ebpf import wire
 from sams_ebpf.errors import SamsError
 
@@ -340,18 +340,9 @@ class _Counters:
         if not self._parts:
             return
         counts = np.array(self._counts)
-        epoch, job_id, interval, generation, sequence, tie, end_ns = zip(*self._heads, strict=True)
-        heads = {
-            "head": np.arange(len(counts)),
-            "epoch": objects(epoch),
-            "job_id": integers(job_id),
-            self._interval: integers(interval),
-            "generation": integers(generation),
-            "sequence": integers(sequence),
-            "tie": integers(tie),
-            "end_ns": integers(end_ns),
-        }
-        names = {"id": np.arange(len(self._paths)), "name": objects(list(self._paths))}
+        schema = tables.SCHEMA[self._table]
+        head_names = ("epoch", "job_id", self._interval, "generation", "sequence", "tie", "end_ns")
+        head_schema = {name: schema[name] for name in head_names}
         rows = dict(
             zip(
                 ["path_id", "flags", "script_id", *wire.COUNTERS],
@@ -360,43 +351,48 @@ class _Counters:
             )
         )
         rows["head"] = np.repeat(np.arange(len(counts)), counts)
-        connection.register("heads_in", heads)
-        connection.register("names_in", names)
         connection.register("rows_in", rows)
-        schema = tables.SCHEMA[self._table]
         select = ", ".join(
-            tables.expression(
-                _SOURCE.get(name, f"{'r' if name in rows else 'h'}.{name}"), kind, name
-            )
-            for name, kind in schema.items()
+            f"nullif(r.{name}, {tables.NULL}) AS {name}"
+            if name in rows
+            else f'{_SOURCE.get(name, f"h.{name}")} AS "{name}"'
+            for name in schema
         )
+        folder = writer.temporary
+        heads = ((at, *head) for at, head in enumerate(self._heads))
+        with (
+            tables.loaded({"head": "BIGINT", **head_schema}, heads, folder) as h,
+            tables.loaded({"id": "BIGINT", "name": "BLOB"}, self._names(), folder) as names,
+        ):
+            connection.execute(f"CREATE TEMP TABLE heads_in AS FROM {h}")
+            connection.execute(f"CREATE TEMP TABLE names_in AS FROM {names}")
         tables.copy(
             connection,
             f"SELECT {select} FROM rows_in r JOIN heads_in h USING (head)"
             " JOIN names_in p ON p.id = r.path_id JOIN names_in s ON s.id = r.script_id",
             writer.path(self._table),
         )
-        for name in ("heads_in", "names_in", "rows_in"):
-            connection.unregister(name)
+        connection.unregister("rows_in")
+        for name in ("heads_in", "names_in"):
+            connection.execute(f"DROP TABLE {name}")
+
+    def _names(self) -> Iterator[tuple[int, bytes | None]]:
+        for name, number in self._paths.items():
+            yield number, name
 
 
 def _copy_rows(
     connection: Any,  # noqa: ANN401
     table: str,
-    rows: list[Any],
+    rows: Sequence[Sequence[Any]],
     writer: SetWriter,
 ) -> None:
-    columns = tables.columns_of(table, rows)
-    connection.register("rows_in", columns)
-    select = ", ".join(
-        tables.expression(name, kind, name) for name, kind in tables.SCHEMA[table].items()
-    )
-    tables.copy(
-        connection,
-        f"SELECT {select} FROM rows_in ORDER BY {tables.SORTED_BY[table]}",
-        writer.path(table),
-    )
-    connection.unregister("rows_in")
+    with tables.loaded(tables.SCHEMA[table], rows, writer.temporary) as source:
+        tables.copy(
+            connection,
+            f"SELECT * FROM {source} ORDER BY {tables.SORTED_BY[table]}",
+            writer.path(table),
+        )
 
 
 def _json(value: Any) -> str | None:  # noqa: ANN401

@@ -78,11 +78,10 @@ class _Upstream(msgspec.Struct, frozen=True):
 
 _json = msgspec.json.Decoder(_Upstream)
 _any_json = msgspec.json.Decoder()
-_pack = msgspec.msgpack.Encoder()
 
 
 class App:
-    """Answers requests. One per process; `listening` gives each listener its own front."""
+    """Answers requests. One per process, with a `Front` for each listener."""
 
     def __init__(self, config: Receiver, metrics: Metrics) -> None:
         self.config = config
@@ -286,18 +285,18 @@ class App:
             raise Refusal(400, "the path names another job than the body", aside=True)
         cluster = client.cluster or self.config.cluster
         vouched = _check_claims(client, cluster, core.node)
-        data = _pack.encode(
-            {
-                "cluster": cluster,
-                "job": job,
-                "node": core.node,
-                "digest": hashlib.sha256(body).digest(),
-                "name": name,
-                "body": body,
-            }
+        held = fmt.UpstreamJson(
+            cluster=cluster,
+            job=job,
+            node=core.node,
+            digest=hashlib.sha256(body).digest(),
+            name=name,
+            body=body,
         )
-        tag = fmt.tag_of(Kind.UPSTREAM_JSON, data)
-        return Payload(Kind.UPSTREAM_JSON, data, tag, cluster, core.node, vouched)
+        data = fmt.pack_upstream(held)
+        if len(data) > fmt.MAX_PAYLOAD:
+            raise Refusal(413, "more than the archive takes as one")
+        return Payload(Kind.UPSTREAM_JSON, data, held.tag, cluster, core.node, vouched)
 
     # -- how much ----------------------------------------------------------------------
 

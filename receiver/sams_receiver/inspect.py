@@ -117,9 +117,9 @@ def _show(frame: Frame, arguments: argparse.Namespace) -> dict[str, object] | No
             document.pop("records", None)
         shown["batch"] = document
     elif frame.kind == Kind.UPSTREAM_JSON:
-        held = msgspec.msgpack.decode(frame.data)
-        node, job = held["node"], int(held["job"])
-        shown["upstream"] = held
+        held = fmt.unpack_upstream(frame.data)
+        node, job = held.node, int(held.job)
+        shown["upstream"] = msgspec.structs.asdict(held)
     else:
         shown["bytes"] = len(frame.data)
     if arguments.node not in (None, node) or arguments.job not in (None, job):

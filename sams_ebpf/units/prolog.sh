@@ -18,6 +18,7 @@ umask 077
 until mkdir "$jobs/$run" 2>/dev/null; do
 	[ -d "$jobs/$run" ] || break # no $jobs at all: the unit says so, and counts all the same
 	earlier="$earlier sams-ebpf@$run.service"
+	: >"$jobs/$run/ended"
 	number=$((number + 1))
 	[ "$number" -lt 100 ] || exit 0
 	run=$SLURM_JOB_ID.$number
@@ -45,8 +46,8 @@ done
 # --no-block hands the request over; `timeout` is for a manager that does not answer.
 if [ -n "$earlier" ]; then
 	# shellcheck disable=SC2086
-	timeout -k 1 5 systemctl --no-block stop $earlier </dev/null
+	timeout -k 1 10 systemctl --no-block --job-mode=fail stop $earlier </dev/null 2>/dev/null
 fi
 # A request that timed out may be carried out all the same, so the folder stays.
-timeout -k 1 5 systemctl --no-block start "sams-ebpf@$run.service" </dev/null
+timeout -k 1 10 systemctl --no-block start "sams-ebpf@$run.service" </dev/null
 exit 0

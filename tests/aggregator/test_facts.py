@@ -135,12 +135,9 @@ def test_a_filter_on_bytes_finds_what_is_there(tmp_path: Path) -> None:
     """DuckDB's own filters in Parquet files deny blobs that are there: none may be written."""
     rows = [[bytes([n % 256, 255 - n % 256]) * 8, n % 7, 0, 0, 0, *[None] * 4] for n in range(450)]
     connection = tables.connect()
-    connection.register(
-        "rows_in", {"epoch": tables.objects([row[0] for row in rows]),
-                    "n": tables.integers([row[1] for row in rows])},
-    )  # fmt: skip
     file = tmp_path / "x.parquet"
-    tables.copy(connection, "SELECT CAST(epoch AS BLOB) AS epoch, n FROM rows_in", file)
+    with tables.loaded({"epoch": "BLOB", "n": "BIGINT"}, [row[:2] for row in rows]) as source:
+        tables.copy(connection, f"SELECT * FROM {source}", file)
     for epoch in {row[0] for row in rows}:
         found = connection.execute(
             f"SELECT count(*) FROM read_parquet('{file}') WHERE epoch = ?", [epoch]

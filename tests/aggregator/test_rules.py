@@ -477,3 +477,101 @@ def test_results_are_shared() -> None:
     first, second = made.map_many([b"/a/x1", b"/a/y2"])
     assert first is second
     assert rules.TIME_LIMIT_S > 0
+
+
+# ------------------------------------------------------------------ beginnings that settle
+
+REACH = [
+    ("^/usr/", 2, 2),
+    ("^/usr", 2, 1),
+    ("", 1, 0),
+    ("^/home/./(?P<u>[^/]+)/", 5, 2),
+    ("^/home/[a-z]/(?P<u>[^/]+)/", 4, 4),
+    ("^/sw/(?P<t>[^/]+/[^/]+)/(?P<v>[^/]+)", 5, 4),
+    ("^/sw/x(?:/y)?/", 4, 2),
+    ("^/a/(?:b/|c)", 4, 2),
+    ("^/a/[^x]{2}/", 5, 2),
+    ("^/a/.*", 2, 2),
+    ("^/a/b$", 3, 2),
+    ("^/a/$", 3, 2),
+    ("^/a/.*/b/", None, 2),
+    ("^/a/.*$", None, 2),
+    ("^/a/(?P<r>.*)", None, 2),
+    ("^/a/(?:[^/]+/)*b", None, 2),
+    ("^/a/(?=b)", None, 0),
+    ("(?i)^/A/b/", 3, 3),
+]
+
+
+@pytest.mark.parametrize(("pattern", "needs", "fixed"), REACH)
+def test_reach(pattern: str, needs: int | None, fixed: int) -> None:
+    found = regexps.reach(pattern)
+    assert found.needs == needs
+    # A dot takes a slash too: the parts behind it are not where they stand.
+    assert len(found.fixed) == fixed
+
+
+folders = st.lists(st.sampled_from(["a", "b", "ab", "1", "", "A", "a1"]), max_size=5)
+endings = st.text("ab1/ .\né\udcff$", max_size=6)
+
+
+@settings(max_examples=400, deadline=None)
+@given(patterns.filter(compiles), folders, st.lists(endings, min_size=1, max_size=6))
+def test_nothing_behind_its_reach_matters_to_a_pattern(
+    pattern: str, parts: list[str], rests: list[str]
+) -> None:
+    found = regexps.reach(pattern)
+    if found.needs is None:
+        return
+    beginning = "".join(f"/{part}" for part in parts) + "/"
+    if beginning.count("/") < found.needs:
+        return
+    expected = re.match(pattern, beginning)
+    for rest in rests:
+        other = re.match(pattern, beginning + rest)
+        assert (other and other.groupdict()) == (expected and expected.groupdict())
+
+
+@settings(max_examples=250, deadline=None)
+@given(documents, st.lists(folders, min_size=1, max_size=4), st.lists(endings, max_size=6))
+def test_same_as_the_loop_where_paths_begin_alike(
+    document: dict[str, Any], beginnings: list[list[str]], rests: list[str]
+) -> None:
+    made = Rules.from_config(document, "rules")
+    reference = Reference(document)
+    paths = [
+        ("".join(f"/{part}" for part in parts) + rest).encode("utf-8", "surrogateescape")
+        for rest in ["/", *rests, "/a/b/1"]
+        for parts in beginnings
+    ]
+    expected = [reference.map(path) for path in paths]
+    assert made.map_many(paths) == expected
+    assert made.map_many(reversed(paths)) == expected[::-1]
+
+
+def test_usual_paths_are_settled_by_their_beginning() -> None:
+    (block,) = (one for one in BLOCKS if one["name"].startswith("the rules that SAMS shows"))
+    made = Rules.from_config(block["config"], "rules")
+    paths = [
+        f"{folder}/x{n}".encode()
+        for n in range(50)
+        for folder in (
+            "/usr/bin",
+            "/home/a/al/b",
+            "/cvmfs/ebsw/a/software/Core/R/4.4/bin",
+            "/none/a",
+        )
+    ]
+    reference = Reference(block["config"])
+    assert made.map_many(paths) == [reference.map(path) for path in paths]
+    assert made._beginnings.paths == 200
+    assert made._beginnings.misses < 20
+
+
+def test_beginnings_that_never_come_again_are_given_up() -> None:
+    (block,) = (one for one in BLOCKS if one["name"].startswith("the rules that SAMS shows"))
+    made = Rules.from_config(block["config"], "rules")
+    paths = [f"/home/a/u{n}/x/y".encode() for n in range(60_000)]
+    found = made.map_many(paths)
+    assert not made._beginnings.useful
+    assert [one and one.local_version for one in found] == [f"u{n}" for n in range(60_000)]

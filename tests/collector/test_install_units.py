@@ -113,21 +113,26 @@ def test_a_hostile_value_stays_a_value(hooks: Hooks, tmp_path: Path) -> None:
 def test_a_run_beside_the_unit_of_an_earlier_run_has_a_unit_of_its_own(hooks: Hooks) -> None:
     hooks.run("prolog", SLURM_JOB_ID="7")
     assert hooks.run("prolog", SLURM_JOB_ID="7", SLURM_JOB_RESTART_COUNT="1") == [
-        "--no-block stop sams-ebpf@7.service",
+        "--no-block --job-mode=fail stop sams-ebpf@7.service",
         "--no-block start sams-ebpf@7.1.service",
     ]
     assert envfile.read(hooks.jobs / "7.1" / "env").restart_count == 1
     assert envfile.read(hooks.jobs / "7" / "env").restart_count is None
     hooks.run("prolog", SLURM_JOB_ID="70")
     assert hooks.run("epilog", SLURM_JOB_ID="7", SLURM_JOB_RESTART_COUNT="2") == [
-        "--no-block stop sams-ebpf@7.service sams-ebpf@7.1.service"
+        "--no-block --job-mode=fail stop sams-ebpf@7.service sams-ebpf@7.1.service"
     ]
+    for run in ("7", "7.1"):
+        assert (hooks.jobs / run / "ended").exists()
+    assert not (hooks.jobs / "70" / "ended").exists()
 
 
 def test_without_the_folder_the_unit_is_started_all_the_same(hooks: Hooks) -> None:
     hooks.jobs.rmdir()
     assert hooks.run("prolog", SLURM_JOB_ID="7") == ["--no-block start sams-ebpf@7.service"]
-    assert hooks.run("epilog", SLURM_JOB_ID="7") == ["--no-block stop sams-ebpf@7.service"]
+    assert hooks.run("epilog", SLURM_JOB_ID="7") == [
+        "--no-block --job-mode=fail stop sams-ebpf@7.service"
+    ]
 
 
 @pytest.mark.parametrize("job", ["", "x", "../7", "7 8", "-h"])

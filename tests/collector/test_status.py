@@ -12,6 +12,20 @@ import pytest
 from sams_ebpf import cli, config, leftovers, program, spool, status, wire
 
 NOW = 1_800_000_000_000_000_000
+SET = status.ProgramSet(
+    name="abc-v2",
+    loader="libbpf",
+    stays=True,
+    closed=False,
+    tripped=False,
+    slots_used=3,
+    unclaimed=1,
+    slots_full=0,
+    events=1000,
+    cost_ns=700_000,
+    cost_share=0.00012,
+)
+LOADED = status.Programs(sets=[SET], slots_used=3)
 
 
 def batch(job: int, sequence: int = 0) -> wire.Batch:
@@ -41,7 +55,7 @@ def _site(tmp_path: Path) -> config.Config:
     return config.Config(
         site=config.Site(node="n1"),
         collector=config.Collector(state=tmp_path / "state"),
-        spool=config.Spool(folder=tmp_path / "spool"),
+        spool=config.Spool(folder=tmp_path / "spool", max_bytes=1 << 30),
     )
 
 
@@ -52,7 +66,7 @@ def test_shows_jobs_and_spool(site: config.Config) -> None:
         os.utime(path, ns=(NOW, NOW - 5 * 10**9))
         leftovers.note(site.collector.state, path, one.epoch)
     (site.spool.folder / "README").write_text("not a batch")
-    text = status.show(status.read(site, NOW))
+    text = status.show(status.read(site, NOW, LOADED))
     lines = text.splitlines()
     assert lines[0] == "node n1: 2 jobs"
     assert [line.split()[0] for line in lines[2:5]] == ["JOB", "7", "12"]
@@ -61,18 +75,35 @@ def test_shows_jobs_and_spool(site: config.Config) -> None:
     assert "3 m 19 s" in lines[3]
     assert "0.50 %" in lines[3]
     assert "\x1b" not in text
-    assert "2 batches (2 delta), 0.0 of 1074 MB, oldest 5.00 s ago" in lines[-1]
+    assert "2 batches (2 delta), 0.0 of 268 MB, oldest 5.00 s ago" in lines[-2]
+    assert lines[-1] == (
+        "programs abc-v2 (libbpf): loaded to stay, 3 of 512 slots in use (1 unclaimed), "
+        "1000 events of 700 ns, 0.012 % of a CPU"
+    )
+
+
+def test_a_set_that_needs_attention(site: config.Config) -> None:
+    tripped = msgspec.structs.replace(SET, tripped=True, closed=True, stays=False, slots_full=2)
+    text = status.show(status.read(site, NOW, status.Programs(sets=[tripped], slots_used=3)))
+    for words in ("SWITCHED OFF", "no new jobs", "2 jobs found none", "loaded for its jobs"):
+        assert words in text
+
+
+def test_no_programs(site: config.Config) -> None:
+    assert "none loaded" in status.show(status.read(site, NOW, status.Programs()))
+    unread = status.Programs(unread="x: Operation not permitted")
+    assert "cannot be seen: x" in status.show(status.read(site, NOW, unread))
 
 
 def test_an_idle_node(site: config.Config) -> None:
-    text = status.show(status.read(site, NOW))
+    text = status.show(status.read(site, NOW, LOADED))
     assert "no job is being measured" in text
-    assert "0 batches, 0.0 of 1074 MB" in text
+    assert "0 batches, 0.0 of 268 MB" in text
 
 
 def test_a_spool_that_cannot_be_read_is_said(site: config.Config) -> None:
     site.spool.folder.rmdir()
-    state = status.read(site, NOW)
+    state = status.read(site, NOW, LOADED)
     assert state.spool.batches is None
     assert "cannot be read" in status.show(state)
 

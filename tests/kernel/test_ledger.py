@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cases import CASES, Case
 from groups import HIERARCHIES, Hierarchy
-from jobs import SETUPS, Job, Options, Result, SetUp, read_spool
+from jobs import SETUPS, Job, Options, Result, SetUp, allowed_ns, read_spool
 from workloads import until
 
 from sams_ebpf import wire
@@ -22,12 +22,9 @@ TICK_NS = 4_000_000
 
 def bound_ns(result: Result, setup: SetUp, case: Case) -> int:
     """How far attributed may be from what the kernel charged."""
-    ledger = result.ledger
-    assert ledger.cgroup_cpu_ns is not None
     if setup == "exact" and not case.moves:
         return 2_000
-    missed = sum(ledger.lost.get(cause, 0) for cause in ("missed_deaths", "missed_death"))
-    return max(ledger.cgroup_cpu_ns // (200 if missed else 1000), 1_000_000)
+    return allowed_ns(result.ledger)
 
 
 def unexplained_ns(ledger: wire.Ledger) -> int:
@@ -82,8 +79,15 @@ def possible(case: Case, hierarchy: Hierarchy) -> bool:
     return hierarchy == "v1" or case.name != "threads_moved_singly"
 
 
+# The exact set-up differs in where a death is seen, not in the hierarchy: v1 with it is soaked.
 EVERY = [
-    pytest.param(case, hierarchy, setup, id=f"{case.name}-{hierarchy}-{setup}")
+    pytest.param(
+        case,
+        hierarchy,
+        setup,
+        id=f"{case.name}-{hierarchy}-{setup}",
+        marks=[pytest.mark.soak] if (hierarchy, setup) == ("v1", "exact") else [],
+    )
     for case in CASES
     for hierarchy in HIERARCHIES
     for setup in SETUPS

@@ -242,6 +242,8 @@ def test_upstreams_json(tmp_path: Path) -> None:
         for status in ("stored", "duplicate"):
             answer = requests.post(url, body, headers=auth, timeout=10)
             assert (answer.status_code, answer.json()) == (200, {"status": status})
+        again = requests.post(url.replace(".n1.", ".again."), body, headers=auth, timeout=10)
+        assert again.json() == {"status": "duplicate"}
         assert requests.post(url, body + b" ", headers=auth, timeout=10).json() == {
             "status": "stored"
         }

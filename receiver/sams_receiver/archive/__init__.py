@@ -18,7 +18,16 @@ Writing, one process at a time:
 
 from __future__ import annotations
 
-from sams_receiver.archive.format import Damage, Flag, FormatError, Frame, Kind, partition_of
+from sams_receiver.archive.format import (
+    Damage,
+    Flag,
+    FormatError,
+    Frame,
+    Kind,
+    UpstreamJson,
+    partition_of,
+    unpack_upstream,
+)
 from sams_receiver.archive.reader import Archive, ArchiveError, Problem, Segment, SegmentId
 from sams_receiver.archive.writer import Appender, Item, Limits, SyncFailedError
 
@@ -37,5 +46,7 @@ __all__ = [
     "Segment",
     "SegmentId",
     "SyncFailedError",
+    "UpstreamJson",
     "partition_of",
+    "unpack_upstream",
 ]

@@ -15,6 +15,7 @@ from hashlib import blake2b
 from typing import Final, NamedTuple
 from zlib import crc32
 
+import msgspec
 from backports import zstd
 
 from sams_ebpf import wire
@@ -270,10 +271,41 @@ def batch_tag(header: wire.Header, data: Buffer) -> Tag:
     return Tag(key, header.sequence, content_digest(data))
 
 
+class UpstreamJson(msgspec.Struct, frozen=True, kw_only=True):
+    """Payload of a frame of kind UPSTREAM_JSON. digest: SHA-256 of body."""
+
+    cluster: str | None
+    job: str
+    node: str
+    digest: bytes
+    name: str
+    body: bytes
+
+    @property
+    def tag(self) -> Tag:
+        """Keyed by cluster, job, node and digest: any number of files of a job may be kept."""
+        who = f"{self.cluster or ''}\0{self.job}\0{self.node}\0".encode()
+        return Tag(blake2b(who + self.digest, digest_size=16).digest(), 0, self.digest[:8])
+
+
+_upstream = msgspec.msgpack.Decoder(UpstreamJson)
+pack_upstream = msgspec.msgpack.Encoder().encode
+
+
+def unpack_upstream(data: bytes) -> UpstreamJson:
+    """Read the payload of a frame of kind UPSTREAM_JSON. Raises FormatError."""
+    try:
+        return _upstream.decode(data)
+    except msgspec.MsgspecError as error:
+        raise FormatError(f"not a frame of upstream's JSON: {error}") from error
+
+
 def tag_of(kind: int, data: bytes) -> Tag:
-    """Tag of any payload. Raises wire.WireError for a batch that cannot be read."""
+    """Tag of any payload. Raises wire.WireError or FormatError for what cannot be read."""
     if kind == Kind.COUNTERS:
         return batch_tag(wire.decode_header(data), data)
+    if kind == Kind.UPSTREAM_JSON:
+        return unpack_upstream(data).tag
     whole = blake2b(bytes([kind]) + data, digest_size=16).digest()
     return Tag(whole, 0, whole[:8])
 
@@ -282,7 +314,7 @@ def tag_of_frame(frame: Frame) -> Tag | None:
     """Tag of a stored frame; None for one that today's reader of batches cannot read."""
     try:
         return tag_of(frame.kind, frame.data)
-    except wire.WireError:
+    except (wire.WireError, FormatError):
         return None
 
 

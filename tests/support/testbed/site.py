@@ -92,7 +92,7 @@ class Site:
                 f"system.slice/{host}_slurmstepd.scope",
             )
         ]
-        section = {"cgroup_parents": parents, **collector}
+        section = {"cgroup_parents": parents, "interval_s": 2, **collector}
         # JSON is YAML.
         self.machine.write(CONFIG, json.dumps({"collector": section}))
 
@@ -172,9 +172,10 @@ class Site:
         return sorted(path.name for path in self.machine.path(JOBS).iterdir())
 
     def pins(self) -> list[str]:
-        """Everything pinned, below the file system's root."""
+        """Everything pinned; the kernel's own `*.debug` are in every bpffs."""
         top = self.machine.path(PINS)
-        return sorted(str(path.relative_to(top)) for path in top.rglob("*") if not path.is_dir())
+        found = (str(path.relative_to(top)) for path in top.rglob("*"))
+        return sorted(name for name in found if name not in ("maps.debug", "progs.debug"))
 
     def job_cgroups(self) -> list[str]:
         """Cgroups of jobs that exist now."""

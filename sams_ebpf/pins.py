@@ -56,10 +56,10 @@ def folders(root: Path = ROOT) -> list[Path]:
 def open_set(folder: Path) -> ProgramSet:
     """Open a pinned set. Raises BpfError if it is not whole."""
     maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
-    iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in programs.ITERATORS}
-    return ProgramSet(
-        maps, iterators, {}, loader="bcc" if folder.name.startswith("bcc_") else "libbpf"
-    )
+    bcc = folder.name.startswith("bcc_")
+    runs = programs.BY_HAND if bcc else tuple(programs.ITERATORS)
+    iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in runs}
+    return ProgramSet(maps, iterators, {}, loader="bcc" if bcc else "libbpf")
 
 
 def find(

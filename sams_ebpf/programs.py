@@ -40,6 +40,7 @@ TRACEPOINTS: Final = {
 }
 # Keeps the clock for those that BCC compiled (see bpf/clock.h).
 BCC_TRACEPOINTS: Final = {"on_wakeup_new": "sched_wakeup_new"}
+BY_HAND: Final = ("harvest", "find", "adopt")
 ITERATORS: Final = {"harvest": "tasks", "adopt": None}
 MAPS: Final = (
     *("tasks", "processes", "totals", "names", "cgroups", "slots", "free_slots", "jobs"),
@@ -126,7 +127,12 @@ class ProgramSet:
             for pid in (folder / "cgroup.procs").read_text(encoding="ascii").split():
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
                     for task in Path("/proc", pid, "task").iterdir():
-                        bpf.run_program(self.iterators["adopt"], (int(pid), int(task.name)))
+                        self._adopt(int(pid), int(task.name))
+
+    def _adopt(self, pid: int, tid: int) -> None:
+        low, high = (bpf.run_program(self.iterators["find"], (pid, tid, n)) for n in (0, 1))
+        if high:
+            bpf.run_program(self.iterators["adopt"], (high << 32 | low, tid))
 
     def close(self) -> None:
         """Let go of all descriptors; a set that is not pinned ends with that."""
@@ -227,11 +233,11 @@ def _load_with_bcc(options: Options) -> ProgramSet:
     fds = {name: one.fd for name, one in maps.items()}
     from sams_ebpf import bcc_loader  # noqa: PLC0415 (few nodes need it)
 
-    made = bcc_loader.load(fds, constants, attached | set(ITERATORS))
+    made = bcc_loader.load(fds, constants, attached | set(BY_HAND))
     _prepare(maps)
     links = _attach(made.programs, attached)
     # Iterators need BTF: these programs are run by hand instead, so they stay.
-    iterators = {name: made.programs.pop(name) for name in ITERATORS}
+    iterators = {name: made.programs.pop(name) for name in BY_HAND}
     for fd in made.programs.values():
         os.close(fd)
     maps.pop("clocks").close()

@@ -48,8 +48,9 @@ def run() -> Section:
             title="BPF time for the whole life of a process",
             method=f"""{LIVES} times fork, exec, exit and wait of a static program. Time is the
 kernel's own statistics (`BPF_ENABLE_STATS`) added up over all programs of the set, so what other
-processes of the machine cause meanwhile is in it, and the taking of the time itself too; {ROUNDS} interleaved rounds. The last column sets it against what fork, exec and wait
-of `/bin/true` take, the programs included.""",
+processes of the machine cause meanwhile is in it, and the taking of the time
+itself too; {ROUNDS} interleaved rounds. The last
+column sets it against what fork, exec and wait of `/bin/true` take, the programs included.""",
             tables=[Table(("", "us, median", "us, least", "% of a life"), rows)],
         )
 

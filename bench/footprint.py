@@ -12,7 +12,7 @@ from workloads import until
 from bench import rig as rigs
 from bench.section import Section, Table
 
-STARTS = 11
+STARTS = 5
 MANY = 64
 EXECUTABLES = 200
 LIVE = 100

@@ -13,8 +13,8 @@ from workloads import Truth
 from bench import rig as rigs
 from bench.section import Section, Table
 
-LIVES = 2000
-ROUNDS = 7
+LIVES = 500
+ROUNDS = 5
 DEPTHS = (5, 20)
 
 

@@ -29,8 +29,8 @@ from bench.section import Section, Table
 
 DEMO = Path(__file__).resolve().parent / "demo" / "job.sh"
 START_S = 20
-LIVES = 1000
-ROUNDS = 5
+LIVES = 300
+ROUNDS = 3
 # A private mount namespace with tracefs: these tools find tracepoints there only.
 TRACING = (
     "unshare",

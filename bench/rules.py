@@ -104,12 +104,15 @@ def site_paths(chance: random.Random, *, ascii_only: bool) -> list[bytes]:
         user = f"user{chance.randrange(800)}"
         version = chance.choice(VERSIONS)
         name = f"soft{chance.randrange(6, RULES)}"
+        project = chance.randrange(300)
+        # Of a project's own installations there are a few.
+        own = f"soft{6 + (7 * project + chance.randrange(3)) % (RULES - 6)}"
         folder = chance.choices(
             (
                 f"/home/{user[4]}/{user}/build/{number % 977}",
                 f"/sw/apps/{name}/{version}/bin",
                 f"/opt/{name}-{version}/bin",
-                f"/proj/p{chance.randrange(300)}/{name}/{version}",
+                f"/proj/p{project}/{own}/{version}",
                 f"/cvmfs/ebsw/amd/software/Core/S{chance.randrange(300)}/{version}/bin",
                 f"/cvmfs/ebsw/amd/software/MPI/GCC/13/OpenMPI/5/S{number % 300}/{version}/bin",
                 "/usr/lib/x",

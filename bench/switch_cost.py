@@ -10,9 +10,9 @@ from workloads import Truth
 from bench import rig as rigs
 from bench.section import Section, Table
 
-ROUND_TRIPS = 100_000
-LIVES = 1000
-ROUNDS = 9
+ROUND_TRIPS = 20_000
+LIVES = 300
+ROUNDS = 5
 
 
 def run() -> Section:

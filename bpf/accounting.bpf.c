@@ -114,7 +114,10 @@ static __always_inline struct sams_slot *slot_of(u32 id)
 	u32 index = INDEX(id);
 	struct sams_slot *slot = bpf_map_lookup_elem(MAP(slots), &index);
 
-	return slot && slot->id == id && slot->state == SAMS_SLOT_USED ? slot : 0;
+	if (slot && (slot->id != id || slot->state != SAMS_SLOT_USED))
+		slot = 0;
+	barrier_var(slot); /* or clang asks for the state again instead of for the pointer */
+	return slot;
 }
 
 static __always_inline struct sams_counters *counters_of(struct sams_slot *slot, u32 index,
@@ -432,10 +435,6 @@ static __always_inline int new_task(struct task_struct *child)
 		row.state = SAMS_ROW_NATIVE | SAMS_ROW_OUTSIDE;
 	}
 	row.slot_id = owner->id;
-	if (row.state && (row.state & SAMS_ROW_OUTSIDE) == (origin->state & SAMS_ROW_OUTSIDE))
-		row.index = origin->index;
-	else
-		row.index = executable_of(owner, child, row.state, 0, SCRATCH_NEW);
 	if (process) {
 		if (inside) {
 			__sync_fetch_and_add(&home->forks, 1);
@@ -450,6 +449,11 @@ static __always_inline int new_task(struct task_struct *child)
 		}
 		keep_process(child, owner, row.state, BPF_ANY);
 	}
+	/* Last, when little else is known: what follows is checked once for all that came before. */
+	if (row.state && (row.state & SAMS_ROW_OUTSIDE) == (origin->state & SAMS_ROW_OUTSIDE))
+		row.index = origin->index;
+	else
+		row.index = executable_of(owner, child, row.state, 0, SCRATCH_NEW);
 	keep_task(child, &row, owner);
 	return 0;
 }
@@ -753,15 +757,20 @@ static __always_inline struct task_struct *with_image(struct task_struct *leader
 
 static __always_inline void plan(struct walk *walk, struct task_struct *task)
 {
-	u64 key = (u64)READ(task, signal);
+	u64 key = (u64)READ(task, signal), task_key = (u64)task;
 	struct sams_process *process = bpf_map_lookup_elem(MAP(processes), &key);
-	struct sams_slot *slot;
+	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &task_key);
+	struct sams_slot *slot = 0;
 	u32 state = 0;
 
 	if (walk->to_id) {
 		slot = slot_of(walk->to_id);
 	} else {
-		slot = process && !(process->state & SAMS_ROW_OUTSIDE) ? slot_of(process->slot_id) : 0;
+		/* One thread may still be inside when its process is not: its own row goes first. */
+		if (row && !(row->state & SAMS_ROW_OUTSIDE))
+			slot = slot_of(row->slot_id);
+		else if (process && !(process->state & SAMS_ROW_OUTSIDE))
+			slot = slot_of(process->slot_id);
 		state = SAMS_ROW_OUTSIDE;
 	}
 	if (!slot)
@@ -1135,26 +1144,38 @@ PROGRAM(harvest, "")
 	return settle_row(ARG(0));
 }
 
-#define SAMS_PROCESSES 4096 /* looked through for a process */
-#define SAMS_THREADS   512  /* looked through for one of its threads */
+#define SAMS_PROCESSES 1024 /* looked through for a process, the latest before us first */
+#define SAMS_THREADS   256  /* looked through for one of its threads */
 
-/* Arguments: process and thread, as numbers of the first PID namespace. 1: not found. */
-PROGRAM(adopt, "")
+/*
+ * Arguments: process and thread, as numbers of the first PID namespace, and which half of
+ * the address of the thread's task_struct to return; 0: not found.
+ */
+PROGRAM(find, "")
 {
 	struct task_struct *leader = (void *)bpf_get_current_task(), *task;
 	int pid = ARG(0), tid = ARG(1), i;
 
 	leader = READ(leader, group_leader);
 	for (i = 0; i < SAMS_PROCESSES && READ(leader, pid) != pid; i++)
-		leader = container(READ(leader, tasks.next), struct task_struct, tasks);
+		leader = container(READ(leader, tasks.prev), struct task_struct, tasks);
 	if (i == SAMS_PROCESSES)
-		return 1;
+		return 0;
 	task = leader;
 	for (i = 0; i < SAMS_THREADS && READ(task, pid) != tid; i++)
 		task = container(READ(task, thread_node.next), struct task_struct, thread_node);
 	if (i == SAMS_THREADS)
-		return 1;
-	take_up(task);
+		return 0;
+	return ARG(2) ? (u64)task >> 32 : (u64)task;
+}
+
+/* Arguments: the address that `find` gave, and the thread's number again. */
+PROGRAM(adopt, "")
+{
+	struct task_struct *task = (void *)ARG(0);
+
+	if (READ(task, pid) == (int)ARG(1))
+		take_up(task);
 	return 0;
 }
 #endif

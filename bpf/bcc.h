@@ -43,13 +43,13 @@ struct mount {
 	__attribute__((section(".bpf.fn." #name), used)) \
 	int name(struct bpf_raw_tracepoint_args *ctx)
 
+/* Where it cannot read, the helper leaves zeroes. */
 #define READ(pointer, field)                                                                 \
 	({                                                                                   \
 		typeof(pointer) _from = (pointer);                                           \
 		typeof(_from->field) _value;                                                 \
-		if (bpf_probe_read_kernel((void *)&_value, sizeof(_value),                   \
-					  (const void *)&_from->field))                      \
-			__builtin_memset((void *)&_value, 0, sizeof(_value));                \
+		bpf_probe_read_kernel((void *)&_value, sizeof(_value),                       \
+				      (const void *)&_from->field);                          \
 		_value;                                                                      \
 	})
 

@@ -29,12 +29,13 @@ struct climb {
 	u32 whole; /* the path is complete */
 };
 
-static long climb_next(u32 i __attribute__((unused)), struct climb *climb)
+STEP climb_next(u32 i __attribute__((unused)), struct climb *climb)
 {
 	struct sams_name *name = climb->name;
 	struct dentry *dentry = climb->dentry, *parent = READ(dentry, d_parent);
 	const unsigned char *text;
-	u32 length, at;
+	u64 length;
+	u32 at;
 
 	if (dentry == READ(climb->mount, mnt.mnt_root)) {
 		struct mount *above = READ(climb->mount, mnt_parent);
@@ -55,6 +56,8 @@ static long climb_next(u32 i __attribute__((unused)), struct climb *climb)
 	at = SAMS_PATH_MAX - *(volatile u32 *)&name->length;
 	if (length > SAMS_NAME || length + 1 > at)
 		return 1;
+	barrier_var(length);
+	length &= SAMS_NAME; /* all bits set: for the verifier, where the test above was lost */
 	at -= length;
 	barrier_var(at);
 	/* at + length is within `path`; what the verifier sees is that it is within the

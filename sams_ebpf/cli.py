@@ -110,9 +110,12 @@ def _run(parser: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0.05 <= value <= 86400:
-        raise argparse.ArgumentTypeError("has to be between 0.05 and 86400 seconds")
+        raise argparse.ArgumentTypeError(f"{text!r}: has to be 0.05 to 86400 seconds")
     return value
 
 

@@ -112,7 +112,11 @@ class Choice(msgspec.Struct, frozen=True):
     @property
     def reason(self) -> str:
         """One line for the log; empty when the best way is used."""
-        return "; ".join(f"{v.way.name} not used: {v.reason}" for v in self.passed_over)
+        by_reason = _by_reason(self.passed_over)
+        return "; ".join(
+            f"{' and '.join(v.way.name for v in same)} not used: {reason}"
+            for reason, same in by_reason.items()
+        )
 
 
 def judge(way: Way, facts: Facts) -> Verdict:
@@ -166,8 +170,18 @@ def first(verdicts: Iterable[Verdict]) -> Choice:
             return Choice(verdict.way.mode, verdict.way.loader, tuple(passed_over))
         passed_over.append(verdict)
     modes = " or ".join(dict.fromkeys(v.way.mode for v in passed_over))
-    reasons = "; ".join(f"{v.way.loader or v.way.mode}: {v.reason}" for v in passed_over)
+    reasons = "; ".join(
+        f"{', '.join(v.way.loader or v.way.mode for v in same)}: {reason}"
+        for reason, same in _by_reason(passed_over).items()
+    )
     raise NotPossibleError(f"mode {modes} is not possible on this host: {reasons}")
+
+
+def _by_reason(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
+    found: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        found.setdefault(verdict.reason, []).append(verdict)
+    return found
 
 
 def warnings(facts: Facts) -> list[str]:

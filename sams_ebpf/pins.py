@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
@@ -57,10 +56,10 @@ def folders(root: Path = ROOT) -> list[Path]:
 def open_set(folder: Path) -> ProgramSet:
     """Open a pinned set. Raises BpfError if it is not whole."""
     maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
-    iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in programs.ITERATORS}
-    return ProgramSet(
-        maps, iterators, {}, loader="bcc" if folder.name.startswith("bcc_") else "libbpf"
-    )
+    bcc = folder.name.startswith("bcc_")
+    runs = programs.BY_HAND if bcc else tuple(programs.ITERATORS)
+    iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in runs}
+    return ProgramSet(maps, iterators, {}, loader="bcc" if bcc else "libbpf")
 
 
 def find(
@@ -119,13 +118,39 @@ def load(
     """
     found = find(options, root, loader) or (None if stay else _standing(options.hierarchy, root))
     if found is None:
-        found = programs.load(options, loader)
-        pin_set(found, programs.abi(options, loader), root)
+        name = programs.abi(options, loader)
+        _load_aside(options, loader, name, root)
+        found = open_set(root / name)
     if stay and not found.node().stay:
         found.set_node(stay=1)
     if stay:
         close_others(programs.abi(options, loader), root)
     return found
+
+
+def _load_aside(options: Options, loader: Literal["libbpf", "bcc"], name: str, root: Path) -> None:
+    """Load and pin in a child: what that needs for a moment would stay with a collector.
+
+    Raises BpfError with the child's reason.
+    """
+    read, write = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        reason = "the loader died"
+        try:
+            pin_set(programs.load(options, loader), name, root)
+            reason = ""
+        except (bpf.BpfError, OSError) as error:
+            reason = str(error)
+        finally:
+            os.write(write, reason.encode()[:4096])
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        reason = pipe.read().decode("utf-8", "replace")
+    _, status = os.waitpid(child, 0)
+    if reason or status:
+        raise bpf.BpfError(reason or f"the loader ended with status {status}")
 
 
 def _standing(hierarchy: Hierarchy, root: Path) -> ProgramSet | None:
@@ -153,7 +178,9 @@ def close_others(name: str, root: Path = ROOT) -> None:
 def remove(folder: Path) -> None:
     """Unpin: what nobody else holds open is gone from the kernel with that."""
     if folder.is_dir():
-        shutil.rmtree(folder)
+        for pinned in folder.iterdir():
+            pinned.unlink()
+        folder.rmdir()
     with contextlib.suppress(OSError):
         folder.parent.rmdir()  # the last one takes the product's folder along
 

@@ -129,7 +129,7 @@ class Sender:
         try:
             headers = credentials(self._receiver)
         except UsageError as error:
-            return Answer(Outcome.DENIED, str(error))
+            return Answer(Outcome.LATER, str(error))
         overdue = threading.Event()
         timer = threading.Timer(self._total_s, self._cut, (overdue,))
         timer.daemon = True

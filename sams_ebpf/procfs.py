@@ -14,7 +14,6 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -126,6 +125,8 @@ class ProcMeter:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise UsageError(reason) from error
             self._lose("baselines_not_written", reason)
+        # What is used from here on is the sampler's to find; before, it is `before_attach`.
+        self._sample()
 
     @property
     def epoch(self) -> bytes:
@@ -521,7 +522,7 @@ def _load(file: Path | None) -> tuple[State, bool]:
     """
     with open(_BOOT_ID, encoding="ascii") as opened:  # noqa: PTH123 - /proc, as above
         boot_id = opened.read().strip()
-    new = State(STATE_VERSION, boot_id, secrets.token_bytes(16), 0, time.time_ns(), Account())
+    new = State(STATE_VERSION, boot_id, os.urandom(16), 0, time.time_ns(), Account())
     if file is None:
         return new, False
     try:

@@ -9,21 +9,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
-import importlib.resources
 import os
-import secrets
 import time
+import zlib
 from collections.abc import Iterable, Iterator
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from sams_ebpf import bcc_loader, bpf, layout
+from sams_ebpf import bpf, layout
 from sams_ebpf.cgroups import Hierarchy, mounted
 from sams_ebpf.host import Attempt
+
+if TYPE_CHECKING:
+    from sams_ebpf import bcc_loader
 
 OBJECT: Final = "accounting.bpf.o"
 # For kernels whose verifier refuses the other: without bpf_loop() and fetching atomics.
@@ -40,6 +40,7 @@ TRACEPOINTS: Final = {
 }
 # Keeps the clock for those that BCC compiled (see bpf/clock.h).
 BCC_TRACEPOINTS: Final = {"on_wakeup_new": "sched_wakeup_new"}
+BY_HAND: Final = ("harvest", "find", "adopt")
 ITERATORS: Final = {"harvest": "tasks", "adopt": None}
 MAPS: Final = (
     *("tasks", "processes", "totals", "names", "cgroups", "slots", "free_slots", "jobs"),
@@ -126,7 +127,12 @@ class ProgramSet:
             for pid in (folder / "cgroup.procs").read_text(encoding="ascii").split():
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
                     for task in Path("/proc", pid, "task").iterdir():
-                        bpf.run_program(self.iterators["adopt"], (int(pid), int(task.name)))
+                        self._adopt(int(pid), int(task.name))
+
+    def _adopt(self, pid: int, tid: int) -> None:
+        low, high = (bpf.run_program(self.iterators["find"], (pid, tid, n)) for n in (0, 1))
+        if high:
+            bpf.run_program(self.iterators["adopt"], (high << 32 | low, tid))
 
     def close(self) -> None:
         """Let go of all descriptors; a set that is not pinned ends with that."""
@@ -137,14 +143,15 @@ class ProgramSet:
         self.maps, self.iterators, self.links = {}, {}, {}
 
 
-def _folder() -> Traversable:
-    return importlib.resources.files("sams_ebpf") / "_bpf"
+# A folder beside this file and no importlib.resources, which would cost every collector a
+# megabyte: the programs are files for libbpf and clang anyway.
+_FOLDER: Final = Path(__file__).resolve().parent / "_bpf"
 
 
 def object_bytes(name: str = OBJECT) -> bytes:
     """Read the compiled programs. Raises BpfError if the package was built without them."""
     try:
-        return (_folder() / name).read_bytes()
+        return (_FOLDER / name).read_bytes()
     except FileNotFoundError as error:
         raise bpf.BpfError(f"{error.filename}: missing; the package was not built whole") from error
 
@@ -169,7 +176,8 @@ def attempt(loader: Literal["libbpf", "bcc"]) -> Attempt:
 def abi(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> str:
     """Name a set by its programs and options: sets of different names are strangers."""
     text = msgspec.json.encode(options)
-    digest = hashlib.blake2b(object_bytes() + text, digest_size=6).hexdigest()
+    # Told apart, not protected: the folder is root's. OpenSSL would cost every collector 4 MB.
+    digest = f"{zlib.crc32(object_bytes()):08x}{zlib.crc32(text):08x}"
     return f"{'bcc_' if loader == 'bcc' else ''}{digest}-{tree_name(options.hierarchy)}"
 
 
@@ -223,11 +231,13 @@ def _load_with_bcc(options: Options) -> ProgramSet:
     for name in ("seed", "limit_ns"):
         constants[f"option_{name}"] = f"{constants[f'option_{name}']}ULL"
     fds = {name: one.fd for name, one in maps.items()}
-    made = bcc_loader.load(fds, constants, attached | set(ITERATORS))
+    from sams_ebpf import bcc_loader  # noqa: PLC0415 (few nodes need it)
+
+    made = bcc_loader.load(fds, constants, attached | set(BY_HAND))
     _prepare(maps)
     links = _attach(made.programs, attached)
     # Iterators need BTF: these programs are run by hand instead, so they stay.
-    iterators = {name: made.programs.pop(name) for name in ITERATORS}
+    iterators = {name: made.programs.pop(name) for name in BY_HAND}
     for fd in made.programs.values():
         os.close(fd)
     maps.pop("clocks").close()
@@ -252,8 +262,7 @@ def _attach(programs: dict[str, int], names: set[str]) -> dict[str, int]:
 def _load_object(
     name: str, options: Options, wanted: set[str], *, own_btf: bool = False
 ) -> tuple[dict[str, bpf.Map], dict[str, int]]:
-    with importlib.resources.as_file(_folder() / name) as path:
-        opened = bpf.Object(object_bytes(name), path if own_btf else None)
+    opened = bpf.Object(object_bytes(name), _FOLDER / name if own_btf else None)
     try:
         sizes = {
             "tasks": options.tasks,
@@ -300,7 +309,7 @@ def _fill_options(rodata: _Rodata, options: Options, *, slices: bool) -> None:
     rodata.quota = options.quota
     rodata.host_mounts = _host_mounts()
     rodata.slices = slices
-    rodata.seed = secrets.randbits(64)
+    rodata.seed = int.from_bytes(os.urandom(8))
     rodata.limit_ns = int(options.limit_percent * 10_000_000)
     rodata.parents = len(options.parents)
     for index, parent in enumerate(options.parents):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from typing import Any
+from typing import Any, Final
 
 from sams_ebpf import paths, wire
 
@@ -68,6 +68,8 @@ def to_json(report: dict[str, Any]) -> str:
     return json.dumps(report, ensure_ascii=False) + "\n"
 
 
+# v2 counts in whole microseconds: less than one is rounding, not a row.
+MICROSECOND: Final = 1000
 _COLUMNS = ("CPU", "share", "user", "system", "execs", "peak mem", "executable")
 
 
@@ -79,7 +81,7 @@ def table(report: dict[str, Any]) -> str:
         whole = ledger["attributed_cpu_ns"]
     rows = [_COLUMNS, *(_row(one, whole) for one in report["executables"])]
     unattributed = ledger["unattributed_cpu_ns"]
-    if unattributed:
+    if unattributed is not None and abs(unattributed) >= MICROSECOND:
         rows.append((seconds(unattributed), _share(unattributed, whole), *[""] * 4, "unattributed"))
     widths = [max(len(row[at]) for row in rows) for at in range(len(_COLUMNS) - 1)]
     lines = [

@@ -6,7 +6,6 @@ Each program describes the sections it uses as one frozen `msgspec.Struct` with
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import stat
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import yaml
 
 from sams_ebpf.errors import UsageError
 
@@ -54,6 +52,8 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     if len(text) > MAX_BYTES:
         raise UsageError(f"{path}: larger than {MAX_BYTES} bytes")
+    import yaml  # noqa: PLC0415 (a megabyte that a node without a file does without)
+
     try:
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -150,6 +150,8 @@ def _fields_at(model: type[msgspec.Struct], key: str) -> tuple[str, ...]:
 
 
 def _hint(name: str, known: tuple[str, ...]) -> str:
+    import difflib  # noqa: PLC0415 (only for an error's text)
+
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean '{close[0]}'?"

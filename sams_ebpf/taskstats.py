@@ -19,9 +19,9 @@ from typing import Final, NamedTuple
 
 from sams_ebpf.errors import NotPossibleError
 
-# struct taskstats names the executable's inode from version 13 on, and the process that a
-# thread belongs to from 12 on.
-LEAST_VERSION: Final = 13
+# struct taskstats names the executable's inode, and the process that a thread belongs to,
+# from version 12 on.
+LEAST_VERSION: Final = 12
 BUFFER_BYTES: Final = 4 << 20
 
 _POSSIBLE: Final = Path("/sys/devices/system/cpu/possible")
@@ -41,7 +41,7 @@ _HEADER_BYTES: Final = 20
 # ac_flag (linux/acct.h): the last task of its process.
 _LAST_OF_GROUP: Final = 0x20
 
-# Offsets in struct taskstats (linux/taskstats.h), the same in all versions from 13 on.
+# Offsets in struct taskstats (linux/taskstats.h), the same in versions 12 to 16.
 _VERSION: Final = struct.Struct("=H")
 _FLAG_AT: Final = 8
 _CPU_AT: Final = 72

@@ -252,6 +252,7 @@ _encoder = msgspec.msgpack.Encoder()
 _version = msgspec.msgpack.Decoder(_Version)
 _header = msgspec.msgpack.Decoder(Header)
 _document = msgspec.msgpack.Decoder(_Document)
+_whole = msgspec.msgpack.Decoder(Batch)
 _records = msgspec.msgpack.Decoder(Annotated[list[Record], Meta(max_length=MAX_RECORDS)])
 _rows = msgspec.msgpack.Decoder(Annotated[list[_Row], Meta(max_length=MAX_RECORDS)])
 _tuples = msgspec.msgpack.Decoder(Annotated[list[Row], Meta(max_length=MAX_RECORDS)])
@@ -289,14 +290,15 @@ def decode_rows(data: bytes | memoryview) -> list[Row]:
 
 
 def check(data: bytes | memoryview) -> Header:
-    """Read and check one batch in full, records included, and keep its header."""
-    document = _take(_document, data)
-    raw = document.records
-    if document.fields == FIELDS:
-        _parse(_records, raw)
-    else:
-        _reorder(_parse(_rows, raw), document.fields)
-    return document
+    """Read and check one batch in full, records included, for its header."""
+    try:
+        batch = _whole.decode(data) if len(data) <= MAX_BYTES else None
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        batch = None
+    if batch is None or batch.fields != FIELDS:
+        # Not today's columns, or not a batch: the long way knows, and says what is wrong.
+        return decode(data)
+    return _checked(batch)
 
 
 def decode_header(data: bytes | memoryview) -> Header:
@@ -323,6 +325,10 @@ def _take(decoder: msgspec.msgpack.Decoder[_H], data: bytes | memoryview) -> _H:
         # In another version nothing else need be as expected: that is then the reason.
         _check_version(_parse(_version, data).v)
         raise
+    return _checked(header)
+
+
+def _checked(header: _H) -> _H:
     _check_version(header.v)
     unknown = sorted(set(header.critical) - _KNOWN)
     if unknown:

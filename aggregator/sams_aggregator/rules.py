@@ -190,6 +190,7 @@ class Rules:
         add = out.append
         quick = self._quick
         beginnings = self._beginnings
+        before = beginnings.paths
         hints, known, cuts = beginnings.hints, beginnings.known, beginnings.cuts
         with _time_limits(self._limit_s) as limit:
             for path in paths:
@@ -203,9 +204,9 @@ class Rules:
                         break
                     cut = cuts[found] if found else None
                 if found.__class__ is not int:
-                    beginnings.hits += 1
                     add(found)  # type: ignore[arg-type]
                     continue
+                beginnings.paths = before + len(out)
                 result = quick(path)
                 if result is not False:
                     add(result)
@@ -223,6 +224,7 @@ class Rules:
                 add(None)
                 if on_timeout is not None:
                     on_timeout(path, late)
+        beginnings.paths = before + len(out)
         return out
 
     def _quick(self, path: bytes) -> Software | Literal[False] | None:
@@ -432,7 +434,8 @@ class _Beginnings:
 
     known: for a beginning, with a slash at its end, the software of all paths that have
     it, or the number of slashes at which to look next. hints: for the first bytes of a
-    path, a number of slashes at which it may be settled; nothing depends on their being right.
+    path, where it may be settled; nothing depends on their being right. paths: how many were
+    mapped; misses: at how many of them something new was learned, or nothing at all.
     """
 
     def __init__(self, rules: Sequence[Rule]) -> None:
@@ -443,7 +446,7 @@ class _Beginnings:
         self.useful = True
         self._reach = [regexps.reach(rule.pattern) for rule in rules]
         self._sets: dict[int, tuple[re2.Set, list[int]] | None] = {}
-        self.hits = self._misses = 0
+        self.paths = self.misses = 0
 
     def undecided(self, beginning: bytes, depth: int) -> int | None:
         """Index of the first rule for which more of the path may matter, or their number.
@@ -491,9 +494,7 @@ class _Beginnings:
         for beginning, at in way:
             if self.known.get(beginning) == at + 1:
                 self.known[beginning] = depth
-        if not new:
-            self.hits += 1
-        else:
+        if new:
             self._missed()
 
     def too_short(self, way: list[tuple[bytes, int]], slashes: int) -> None:
@@ -504,8 +505,8 @@ class _Beginnings:
 
     def _missed(self) -> None:
         """Give up where hardly any path begins like an earlier one."""
-        self._misses += 1
-        if self._misses > _TRIALS and self.hits < self._misses:
+        self.misses += 1
+        if self.misses > _TRIALS and self.paths < 2 * self.misses:
             self.useful = False
             self.hints.clear()
 

@@ -36,7 +36,7 @@ def command(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     settings = config.load(arguments.config)
     # The threads that sync want the interpreter for microseconds at a time.
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(0.001)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(settings))
     return 0

@@ -28,6 +28,8 @@ from sams_receiver.archive.writer import PartitionWriter
 log = logging.getLogger(__name__)
 
 GROUP_BYTES: Final = 32 << 20
+_BUSY: Final = 4
+_GATHER_SECONDS: Final = 0.002
 _TICK_SECONDS: Final = 5.0
 _SEAL_RETRY_SECONDS: Final = 60.0
 
@@ -53,6 +55,7 @@ class _Partition:
         self.queue: list[_Waiting] = []
         self.pending: dict[tuple[bytes, int], _Waiting] = {}
         self.wake = asyncio.Event()
+        self.last_group = 0
         self.sealing = False
         self.seal_after = 0.0
 
@@ -112,6 +115,8 @@ class Store:
         for partition in self._partitions:
             self._tasks.append(asyncio.create_task(self._commit_loop(partition)))
         self._tasks.append(asyncio.create_task(self._tick_loop()))
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
 
     async def put(self, cluster: str | None, node: str | None, item: Item, tag: Tag) -> Verdict:
         """Store unless it is there already; what is NEW or DUPLICATE is on disk on return.
@@ -163,11 +168,22 @@ class Store:
         """Digests of what is not sealed yet."""
         return sum(partition.seen.in_memory for partition in self._partitions)
 
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A loop that ends by an error nobody foresaw takes the program along: no silence."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.trouble = f"{self._folder}: writing ended: {error!r}"
+            self._on_fatal(SyncFailedError(f"{self.trouble}; nothing more is acknowledged"))
+
     async def _commit_loop(self, partition: _Partition) -> None:
         while True:
             await partition.wake.wait()
             partition.wake.clear()
             while partition.queue:
+                if partition.last_group > _BUSY and not self._closing:
+                    # Many wait for each sync: a moment more makes the groups larger, and a
+                    # group costs as much as several batches do.
+                    await asyncio.sleep(_GATHER_SECONDS)
                 await self._commit_group(partition)
             if self._closing:
                 return
@@ -181,6 +197,7 @@ class Store:
                 break
         group = partition.queue[:count]
         del partition.queue[:count]
+        partition.last_group = count
         begin = time.perf_counter()
         problem = await asyncio.get_running_loop().run_in_executor(
             self._commits, _commit, partition.writer, [waiting.item for waiting in group]

@@ -64,6 +64,15 @@ def test_the_reason_is_the_cause_and_not_what_came_of_it() -> None:
     )
 
 
+def test_one_reason_for_two_ways_is_said_once() -> None:
+    without = facts(without=NO_BPF)
+    why = f"{host.BPF_SYSCALL}: why {host.BPF_SYSCALL} failed"
+    assert host.choose(without).reason == f"bpf (libbpf) and bpf (bcc) not used: {why}"
+    with pytest.raises(NotPossibleError) as raised:
+        host.choose(without, mode="bpf")
+    assert str(raised.value).endswith(f"libbpf, bcc: {why}")
+
+
 def test_a_failure_without_a_known_cause_speaks_for_itself() -> None:
     choice = host.choose(facts(without=(host.LOAD_LIBBPF,)))
     assert choice.reason == ("bpf (libbpf) not used: load with libbpf: why load with libbpf failed")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import shutil
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -276,6 +279,53 @@ def test_a_disk_that_others_fill_loses_what_is_superseded_and_nothing_else(
     assert len(waiting(folder)) == 6
     assert tombstones(folder) == []
     box.close()
+
+
+@pytest.mark.system
+def test_a_power_cut_between_tombstones_and_deletions(tmp_path: Path) -> None:
+    """What `put` returned for is, after the power is back, there or told of."""
+    image, mount = tmp_path / "image", tmp_path / "disk"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    run = partial(subprocess.run, check=True, capture_output=True, timeout=60)
+    run(["mkfs.ext4", "-q", "-F", str(image)])
+    folder = mount / "spool"
+    sent: list[wire.Identity] = []
+    for cut in range(3):
+        run(["mount", "-o", "loop", str(image), str(mount)])
+        try:
+            folder.mkdir(exist_ok=True)
+            for _ in range(3):
+                sent += fill(folder, 15, first=len(sent))
+                box = opened(folder, max_bytes=192 << 10)
+                box.finish_losses()
+                box.keep_bounds()
+                box.close()
+            fd = os.open(mount, os.O_RDONLY)
+            try:
+                # EXT4_IOC_SHUTDOWN without a flush of the journal: the power is gone.
+                fcntl.ioctl(fd, 0x8004587D, struct.pack("I", 2))
+            finally:
+                os.close(fd)
+        finally:
+            run(["umount", str(mount)])
+        run(["mount", "-o", "loop", str(image), str(mount)])
+        try:
+            kept = {entry.identity for name in waiting(folder) if (entry := spool.parse(name))}
+            told = {
+                sequence
+                for tombstone in tombstones(folder)
+                if tombstone.dropped is not None
+                for sequence in range(
+                    tombstone.dropped.first_sequence, tombstone.dropped.last_sequence + 1
+                )
+            }
+            missing = [one for one in sent if one not in kept and one.sequence not in told]
+            assert missing == [], f"cut {cut}"
+            assert cut == 0 or told
+        finally:
+            run(["umount", str(mount)])
 
 
 @pytest.mark.system

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sams_ebpf import wire
+from sams_ebpf import layout, leftovers, sampling, wire
 
 GOLDEN = Path(__file__).parent / "golden"
 PAGE = Path(__file__).parents[2] / "docs" / "wire.md"
@@ -184,3 +184,19 @@ def test_the_page_knows_every_column_and_bit() -> None:
     assert bits == set(wire.FLAG_NAMES)
     text = PAGE.read_text()
     assert [name for name in wire.FLAG_NAMES.values() if f"`{name}`" not in text] == []
+
+
+SAMPLED = ("BEFORE_ATTACH", "DIED", "EXEC_AMBIGUOUS", "MOVED", "UNIDENTIFIED")
+
+
+def test_the_page_knows_every_cause() -> None:
+    """Those in the kernel's table, and those the collector's sources count by name."""
+    text = PAGE.read_text()
+    told = set(re.findall(r"^\| `(?:lost|unattributed_by)` \| `(\w+)` \|", text, re.MULTILINE))
+    known = {*layout.LOST, leftovers.WINDOW}
+    known |= {getattr(sampling, name) for name in SAMPLED}
+    for source in Path(wire.__file__).parent.glob("*.py"):
+        if source.name == "pressure.py":  # its reasons are those of tombstones
+            continue
+        known |= set(re.findall(r'(?:_lose\(|\blost\[)"(\w+)"', source.read_text()))
+    assert told == known

@@ -404,7 +404,7 @@ def test_a_restart_counts_no_live_process_twice(cgroup: Cgroup, burn: Path, tmp_
     epochs = set()
     for generation in range(1, 6):
         burner.done()
-        # Each life of the collector ends without a word, some before they took a sample.
+        # Each life of the collector ends without a word.
         meter = ProcMeter([cgroup], state)
         epochs.add(meter.epoch)
         assert meter.generation == generation
@@ -425,7 +425,7 @@ def test_a_restart_counts_no_live_process_twice(cgroup: Cgroup, burn: Path, tmp_
 def test_killed_while_a_storm_runs(cgroup: Cgroup, burn: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     storm = start(cgroup, "sh", "-c", "while :; do /bin/true; done")
-    burner = Burner(cgroup, burn, 2000, 1)
+    burner = Burner(cgroup, burn, 500, 1)
     program = (
         "import sys, time; from pathlib import Path; from sams_ebpf import cgroups, procfs\n"
         "meter = procfs.ProcMeter([cgroups.resolve(sys.argv[1])], Path(sys.argv[2]))\n"
@@ -433,7 +433,7 @@ def test_killed_while_a_storm_runs(cgroup: Cgroup, burn: Path, tmp_path: Path) -
         "    print(sum(r.cpu_ns for r in meter.harvest().records), flush=True)\n"
     )
     last = 0
-    for life in range(10):
+    for life in range(6):
         collector = subprocess.Popen(
             [sys.executable, "-c", program, cgroup.folder, str(state)], stdout=subprocess.PIPE
         )
@@ -452,10 +452,10 @@ def test_killed_while_a_storm_runs(cgroup: Cgroup, burn: Path, tmp_path: Path) -
     storm.kill()
     storm.wait()
     burner.end()
-    assert meter.generation == 11
+    assert meter.generation == 7
     assert last <= check(snapshot)
     assert cpu(snapshot, burn) <= clocks[0]
-    assert cpu(snapshot, burn) >= 2_000_000_000
+    assert cpu(snapshot, burn) >= 500_000_000
     assert cpu(snapshot, SHELL) >= 0.5 * clocks[1]
 
 
@@ -513,7 +513,7 @@ def test_a_full_disk_loses_only_the_baselines(cgroup: Cgroup, burn: Path, tmp_pa
     finally:
         subprocess.run(["umount", str(full)], check=True)
     assert cpu(snapshot, burn) >= 20_000_000
-    assert snapshot.lost == {"baselines_not_written": 2}
+    assert snapshot.lost == {"baselines_not_written": 3}
 
 
 def test_without_a_counter_there_is_nothing_to_compare_with(burn: Path) -> None:

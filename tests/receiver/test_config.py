@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from receiving import private
 
 from sams_ebpf.errors import UsageError
 from sams_receiver import auth, config, serve
+from sams_receiver.metrics import Metrics
 
 GOOD: dict[str, Any] = {
     "archive": "/a",
@@ -111,3 +113,31 @@ def test_names_must_fit_as_a_whole() -> None:
     for wrong in ("n1.x.org.evil.com", "evil-n1.x.org", "n1xxorg\n", ""):
         with pytest.raises(auth.DeniedError):
             names.client([wrong], "token")
+
+
+def test_every_key_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "receiver.md").read_text()
+    structs = (
+        config.Receiver,
+        config.Listener,
+        config.Tls,
+        config.Proxy,
+        config.NameRule,
+        config.Limits,
+        config.Quotas,
+        config.Segments,
+    )
+    for struct in structs:
+        for name in struct.__struct_fields__:
+            assert re.search(rf"[`.]{name}[`.]", text), f"{struct.__name__}.{name}"
+
+
+def test_the_metrics_to_watch_exist() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "receiver.md").read_text()
+    table = text[text.index("| metric (") : text.index("## When something is wrong")]
+    shown = Metrics().text().decode()
+    named = re.findall(r"`([a-z_]+)(?:\{[^`]*)?`", table)
+    assert len(named) >= 8
+    for name in named:
+        if name != "up":
+            assert f"sams_receiver_{name}" in shown

@@ -235,7 +235,11 @@ class Job:
 
     def __enter__(self) -> Self:
         if self.collected:
-            self.attach()
+            try:
+                self.attach()
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
         return self
 
     def __exit__(

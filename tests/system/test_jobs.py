@@ -15,7 +15,7 @@ from testbed.site import WORK, Run, Site, printed
 
 from sams_ebpf import wire
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
 STEPS = f"""#!/bin/bash
 srun -n1 --exact {WORK} short=20 burn=100
@@ -70,9 +70,9 @@ class Jobs:
         machine.run(["scontrol", "requeue", str(self.requeued)])
         self.once = [self.steps, *self.array.values(), self.shorts, self.blink, *self.pair]
         self.once += [self.cancelled, self.late, self.hungry, self.srun]
-        slurm.wait(*self.once, self.requeued, seconds=120)
-        site.wait_final(*self.once)
-        site.wait_final(self.requeued, runs=2)
+        slurm.wait(*self.once, self.requeued, seconds=200)
+        site.wait_final(*self.once, seconds=90)
+        site.wait_final(self.requeued, runs=2, seconds=90)
 
     @staticmethod
     def _array(site: Site, array: int) -> dict[int, int]:

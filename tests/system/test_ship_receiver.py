@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ import shipping
 from receiving import Receiver
 from shipping import configure, fill, once, service, until, waiting
 
-from sams_ebpf import spool, wire
+from sams_ebpf import paths, spool, wire
 from sams_receiver import auth
 from sams_receiver.archive import Archive
 
@@ -76,6 +78,35 @@ def test_what_a_collector_wrote_is_in_the_archive_byte_for_byte(
     ran = once(config)
     assert (ran.returncode, ran.stderr, waiting(folder)) == (0, "", [])
     assert sorted(documents(receiver.archive)) == written
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mode", ["bpf", "proc"])
+def test_what_a_command_did_is_in_the_archive(
+    folder: Path, receiver: Receiver, config: Path, mode: str
+) -> None:
+    """The whole way: kernel, collector, spool, shipper, receiver, archive."""
+    work = "for i in 1 2 3; do gzip -c /bin/bash > /dev/null; done; sleep 1.2"
+    run = [sys.executable, "-m", "sams_ebpf", "run", "--mode", mode, "--interval", "1", "--json"]
+    measured = subprocess.run(
+        [*run, "--spool", str(folder), "--", "sh", "-c", work],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    report = json.loads(measured.stderr)
+    assert once(config).returncode == 0
+    assert waiting(folder) == []
+    batches = sorted(map(wire.decode, documents(receiver.archive)), key=lambda b: b.sequence)
+    assert [batch.sequence for batch in batches] == list(range(len(batches)))
+    last = batches[-1]
+    assert last.final is not None
+    assert last.ledger is not None
+    assert last.ledger.attributed_cpu_ns == report["ledger"]["attributed_cpu_ns"]
+    shown = {row["path"]: row["cpu_ns"] for row in report["executables"]}
+    assert {paths.show(r.path): r.cpu_ns for r in last.records} == shown
+    assert any(path.endswith("/gzip") for path in shown)
 
 
 def test_tombstones_arrive_like_batches(tmp_path: Path, folder: Path, receiver: Receiver) -> None:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 DATABASE: Final = "seen.sqlite"
 _OPEN_INDEXES: Final = 8
+_ASKED: Final = 4_096
 _SCHEMA = """
 create table if not exists segment (number integer primary key, last_ns integer not null);
 create table if not exists writer (
@@ -54,6 +55,7 @@ class Seen:
         self._digests: dict[bytes, bytes] = {}
         self._marks: dict[bytes, tuple[int, int]] = {}
         self._live: dict[int, list[bytes]] = {}
+        self._asked: dict[bytes, int] = {}
         self._indexes: OrderedDict[int, fmt.Index | None] = OrderedDict()
         self._database = self._connect()
         self._writing = threading.Lock()
@@ -61,14 +63,7 @@ class Seen:
 
     def check(self, tag: fmt.Tag) -> Verdict:
         """Compare with what is stored."""
-        mark = self._marks.get(tag.key)
-        if mark is None:
-            (high,) = self._database.execute(
-                "select max(high) from writer where key = ?", (tag.key,)
-            ).fetchone()
-            if high is None or tag.sequence > high:
-                return Verdict.NEW
-        elif tag.sequence > mark[0]:
+        if tag.sequence > self._mark(tag.key)[0]:
             return Verdict.NEW
         digest = self._digests.get(_place(tag)) or self._sealed_digest(tag)
         if digest is None:
@@ -80,13 +75,8 @@ class Seen:
         place = _place(tag)
         self._digests[place] = tag.digest
         self._live.setdefault(number, []).append(place)
-        mark = self._marks.get(tag.key)
-        if mark is None:
-            (high,) = self._database.execute(
-                "select coalesce(max(high), -1) from writer where key = ?", (tag.key,)
-            ).fetchone()
-            mark = (high, 0)
-        self._marks[tag.key] = (max(mark[0], tag.sequence), number)
+        self._marks[tag.key] = (max(self._mark(tag.key)[0], tag.sequence), number)
+        self._asked.pop(tag.key, None)
 
     def record_sealed(self, number: int) -> None:
         """Take up the index of a sealed segment. May run in a thread of its own."""
@@ -108,6 +98,7 @@ class Seen:
 
     def release(self, number: int) -> None:
         """Let go of what memory holds of a segment that `record_sealed` took up."""
+        self._asked.clear()
         for place in self._live.pop(number, ()):
             self._digests.pop(place, None)
             mark = self._marks.get(place[:16])
@@ -122,6 +113,22 @@ class Seen:
     def close(self) -> None:
         """Close the database."""
         self._database.close()
+
+    def _mark(self, key: bytes) -> tuple[int, int]:
+        """Highest sequence of a writer (-1: none) and the live segment it was last in."""
+        mark = self._marks.get(key)
+        if mark is not None:
+            return mark
+        high = self._asked.get(key)
+        if high is None:
+            (high,) = self._database.execute(
+                "select coalesce(max(high), -1) from writer where key = ?", (key,)
+            ).fetchone()
+            # A writer's first batch asks twice: before it is written and after.
+            if len(self._asked) >= _ASKED:
+                self._asked.clear()
+            self._asked[key] = high
+        return high, 0
 
     def _sealed_digest(self, tag: fmt.Tag) -> bytes | None:
         rows = self._database.execute(

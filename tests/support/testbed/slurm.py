@@ -14,7 +14,7 @@ ClusterName=testcluster
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=slurm
 AuthType=auth/munge
-AuthInfo=cred_expire=5
+AuthInfo=cred_expire=15
 StateSaveLocation=/var/lib/slurm/slurmctld
 SlurmdSpoolDir=/var/lib/slurm/slurmd
 SlurmctldPidFile=/run/slurmctld.pid

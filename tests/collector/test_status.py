@@ -55,7 +55,7 @@ def _site(tmp_path: Path) -> config.Config:
     return config.Config(
         site=config.Site(node="n1"),
         collector=config.Collector(state=tmp_path / "state"),
-        spool=config.Spool(folder=tmp_path / "spool", max_bytes=1 << 30),
+        spool=config.Spool(folder=tmp_path / "spool"),
     )
 
 

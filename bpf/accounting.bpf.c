@@ -757,15 +757,20 @@ static __always_inline struct task_struct *with_image(struct task_struct *leader
 
 static __always_inline void plan(struct walk *walk, struct task_struct *task)
 {
-	u64 key = (u64)READ(task, signal);
+	u64 key = (u64)READ(task, signal), task_key = (u64)task;
 	struct sams_process *process = bpf_map_lookup_elem(MAP(processes), &key);
-	struct sams_slot *slot;
+	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &task_key);
+	struct sams_slot *slot = 0;
 	u32 state = 0;
 
 	if (walk->to_id) {
 		slot = slot_of(walk->to_id);
 	} else {
-		slot = process && !(process->state & SAMS_ROW_OUTSIDE) ? slot_of(process->slot_id) : 0;
+		/* One thread may still be inside when its process is not: its own row goes first. */
+		if (row && !(row->state & SAMS_ROW_OUTSIDE))
+			slot = slot_of(row->slot_id);
+		else if (process && !(process->state & SAMS_ROW_OUTSIDE))
+			slot = slot_of(process->slot_id);
 		state = SAMS_ROW_OUTSIDE;
 	}
 	if (!slot)

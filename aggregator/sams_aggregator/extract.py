@@ -18,7 +18,7 @@ from sams_aggregator.ingest import OWN_ARCHIVE
 from sams_aggregator.manifest import Store
 from sams_aggregator.outbox import Proposal, Survey
 from sams_ebpf.errors import UsageError
-from sams_receiver.archive import Appender, Item, Kind
+from sams_receiver.archive import Appender, Archive, Item, Kind
 
 NS: Final = 10**9
 
@@ -38,6 +38,7 @@ def command(arguments: argparse.Namespace) -> int:
         with outbox.only_one(part.data):
             writer = None if looking or folder is None else _Writer(state, config, folder)
             software.update(state, rules)
+            _remember(state, part.data / OWN_ARCHIVE)
             found = outbox.survey(
                 usage.FactsSource(Store(state, part.data), config, time.time_ns()),
                 dict(software.mapping(state, rules.version)),
@@ -56,6 +57,21 @@ def command(arguments: argparse.Namespace) -> int:
     else:
         _summary(found, None if writer is None else writer.files)
     return 0
+
+
+def _remember(state: st.State, own: Path) -> None:
+    """Tell a state that knows of nothing that was sent, a new one say, what the archive knows."""
+    if outbox.sent_digests(state) or not own.exists():
+        return
+    outbox.restore(
+        state,
+        (
+            frame.data
+            for segment in Archive.open(own).segments()
+            for frame in segment.frames()
+            if frame.kind == Kind.SENT
+        ),
+    )
 
 
 class _Writer:

@@ -198,7 +198,7 @@ def time_ns(text: str) -> int | None:
         moment = dt.datetime.fromisoformat(text)
     except ValueError as error:
         raise ValueError(f"not a time: '{text:.40}'") from error
-    if len(text) != _TIME_LENGTH or not 1970 <= moment.year <= 2261:
+    if len(text) != _TIME_LENGTH or moment.tzinfo is not None or not 1970 <= moment.year <= 2261:
         raise ValueError(f"not a time: '{text:.40}'")
     since = moment - _EPOCH
     return (since.days * 86400 + since.seconds) * SECOND

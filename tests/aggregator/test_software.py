@@ -290,6 +290,18 @@ def test_extract_from_first_to_last(site: Site) -> None:
     )
 
 
+def test_a_new_state_knows_from_the_archive_what_was_sent(site: Site) -> None:
+    put(site, report(1), report(2))
+    site.run("extract")
+    for name in ("state.sqlite", "state.sqlite-wal", "state.sqlite-shm"):
+        (site.folder / "data" / name).unlink(missing_ok=True)
+    for path in (site.folder / "json/archive").iterdir():
+        path.rename(site.folder / "json/in" / path.name)
+    (site.folder / "json/in/1.n1.json").write_bytes(sams_json.render(report(1, user="bo")))
+    site.run("ingest")
+    assert "0 new records, 1 changed (0 of them partial), 1 unchanged" in site.run("extract").err
+
+
 def test_nodes_add_up_and_a_second_node_corrects_the_record(site: Site) -> None:
     put(site, report(1, nodes=2))
     done = site.run("extract", "--dry-run")

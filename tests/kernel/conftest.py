@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,12 +11,6 @@ import pytest
 import workloads
 from groups import Hierarchy
 from jobs import Job
-
-from sams_ebpf import collect
-
-# Until the collector has its bpf mode.
-if "mode bpf: not here" in inspect.getsource(collect):
-    collect_ignore = [f"test_{name}.py" for name in ("ledger", "split", "concurrency", "killed")]
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,8 @@ class Case:
     exactly; else only that they balance. entered: at least how many came in is.
     moves: tasks change cgroup at work, and the kernel tells so a moment later: when a tick
     or a switch falls in between, it has charged that slice to the new cgroup already, and
-    no set-up can know. quota, total_entries: see `jobs.Options`.
+    no set-up can know. So these read their clocks often, which keeps slices short, and
+    have a tick more. quota, total_entries: see `jobs.Options`.
     """
 
     name: str
@@ -72,7 +73,7 @@ def _move(job: Job, away: Group, *, single: bool, times: int, pid: int, pause_us
 
 def _moved(threads: int, *, single: bool = False) -> Drive:
     def drive(job: Job) -> None:
-        process = job.launch(job.programs["waiter"], str(threads))
+        process = job.launch(job.programs["waiter"], str(threads), "1")
         job.truth.wait_for("ready")
         away = job.another_group()
         times = 30 if single else 100

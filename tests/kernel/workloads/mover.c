@@ -19,8 +19,12 @@ int main(int argc, char **argv)
 	long pid, n, pause_us, threads[256], count = 0;
 	const char *single = getenv("MOVE_THREADS_OF");
 
+	struct sched_param first = { .sched_priority = 1 };
+
 	if (argc < 6)
 		return 2;
+	/* Between a move and the event that tells of it nobody takes this CPU. */
+	sched_setscheduler(0, SCHED_FIFO, &first);
 	pid = strtol(argv[3], NULL, 10);
 	n = strtol(argv[4], NULL, 10);
 	pause_us = strtol(argv[5], NULL, 10);

@@ -102,8 +102,7 @@ def test_run_requeued_after_an_epilog_that_never_ran(node: Site) -> None:
         job, _ = started(node, script, "--requeue")
         figures = node.machine.path("/tmp/lost-0")
         wait_for("the first run", lambda: figures.exists() and figures.read_text().endswith("}\n"))
-        node.machine.run(["scontrol", "requeue", str(job)])
-        wait_for("the requeue", lambda: node.slurm.jobs()[str(job)] == "PENDING")
+        node.slurm.requeue(job)
     finally:
         epilog.write_text(text)
     assert node.units() == [f"sams-ebpf@{job}.service"]

@@ -67,7 +67,7 @@ class Jobs:
         # Slurm counts time limits in minutes; this is the same limit, reached now.
         machine.run(["scontrol", "update", f"jobid={self.late}", "EndTime=now+1"])
         wait_for("the first run", lambda: machine.path("/tmp/run-0").read_text().endswith("}\n"))
-        machine.run(["scontrol", "requeue", str(self.requeued)])
+        slurm.requeue(self.requeued)
         self.once = [self.steps, *self.array.values(), self.shorts, self.blink, *self.pair]
         self.once += [self.cancelled, self.late, self.hungry, self.srun]
         slurm.wait(*self.once, self.requeued, seconds=200)

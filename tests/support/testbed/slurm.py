@@ -14,7 +14,7 @@ ClusterName=testcluster
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=slurm
 AuthType=auth/munge
-AuthInfo=cred_expire=15
+AuthInfo=cred_expire=5
 StateSaveLocation=/var/lib/slurm/slurmctld
 SlurmdSpoolDir=/var/lib/slurm/slurmd
 SlurmctldPidFile=/run/slurmctld.pid
@@ -139,6 +139,15 @@ class Slurm:
             return not any(states.get(str(job), "gone") in running for job in jobs)
 
         wait_for(f"the end of jobs {jobs}", over, seconds=seconds)
+
+    def requeue(self, job: int) -> None:
+        """Requeue a running job, to start well after slurmd has forgotten its first run.
+
+        Before that (cred_expire after the Epilog) slurmd would skip the Prolog.
+        """
+        self.machine.run(["scontrol", "requeue", str(job)])
+        wait_for(f"job {job} pending", lambda: self.jobs().get(str(job)) == "PENDING", seconds=60)
+        self.machine.run(["scontrol", "update", f"jobid={job}", "StartTime=now+15"])
 
     def wait_idle(self, *, seconds: float = 60) -> None:
         """Wait until the node runs nothing."""

@@ -74,7 +74,7 @@ def _stamp(took_s: float) -> str:
     day = time.strftime("%Y-%m-%d", time.gmtime())
     return (
         f"*{day}, kernel {platform.release()}, {os.cpu_count()} CPUs, "
-        f"Python {platform.python_version()}, {took_s:.0f} s.*"
+        f"Python {platform.python_version()}, {took_s:.0f} s, load {os.getloadavg()[1]:.1f}.*"
     )
 
 

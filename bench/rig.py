@@ -78,9 +78,10 @@ def ratio(found: dict[K, list[float]], case: K, base: K) -> float:
     return statistics.median(a / b for a, b in zip(found[case], found[base], strict=True))
 
 
-def program_time_ns(act: Callable[[], object]) -> int:
-    """How long all BPF programs together ran while something was done."""
+def program_time_ns(act: Callable[[], object], only: set[int]) -> int:
+    """How long these BPF programs (all, if none are named) ran while something was done."""
     with bpfstats.counting():
         before = bpfstats.programs()
         act()
-        return sum(runs.time_ns for runs in bpfstats.spent(before, bpfstats.programs()).values())
+        spent = bpfstats.spent(before, bpfstats.programs())
+        return sum(runs.time_ns for number, runs in spent.items() if not only or number in only)

@@ -75,7 +75,7 @@ def test_modules_that_are_not_ours_to_import(module: str) -> None:
 
 
 # Batches go through wire.py alone; the others pack frames of kinds of their own.
-PACKERS = {"wire.py", "app.py", "inspect.py", "sams_facts.py", "outbox.py"}
+PACKERS = {"wire.py", "app.py", "format.py", "inspect.py", "sams_facts.py", "outbox.py"}
 
 
 def test_one_door_to_msgpack() -> None:

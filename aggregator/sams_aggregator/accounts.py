@@ -63,14 +63,29 @@ TABLES: Final = ("run", "account", "path", "member")
 def current(store: Store, site: Site) -> Accounts:
     """Accounts of the facts as they are now; worked out if they are not there yet."""
     view = manifest.read(store)
-    key = blake2b(repr((_SEMANTICS, view.fingerprint, *site)).encode(), digest_size=12).hexdigest()
-    base = store.data / DERIVED
-    base.mkdir(mode=0o750, exist_ok=True)
-    folder = base / key
-    if not all((folder / f"{name}{tables.SUFFIX}").exists() for name in TABLES):
-        _make(view, site, base, key)
-        _forget(base, folder)
-    return Accounts(folder)
+    made = _place(view, site)
+    if not _there(made):
+        base = made.folder.parent
+        base.mkdir(mode=0o750, exist_ok=True)
+        _make(view, site, base, made.folder.name)
+        _forget(base, made.folder)
+    return made
+
+
+def ready(view: Manifest, site: Site) -> Accounts | None:
+    """Accounts of these facts if they have been worked out already."""
+    made = _place(view, site)
+    return made if _there(made) else None
+
+
+def _place(view: Manifest, site: Site) -> Accounts:
+    key = repr((_SEMANTICS, view.fingerprint, *site)).encode()
+    name = blake2b(key, digest_size=12).hexdigest()
+    return Accounts(view.folder.parent / DERIVED / name)
+
+
+def _there(made: Accounts) -> bool:
+    return all((made.folder / f"{name}{tables.SUFFIX}").exists() for name in TABLES)
 
 
 def _make(view: Manifest, site: Site, base: Path, key: str) -> None:

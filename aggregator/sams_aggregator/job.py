@@ -46,8 +46,7 @@ def runs(
 ) -> list[dict[str, Any]]:
     """Every run of a job id, in order of start, as the design's JSON report."""
     connection = tables.connect(threads=1)
-    accounts.build(connection, view, site, job_id=job_id)
-    connection.execute("CREATE TEMP VIEW wanted_run AS SELECT * FROM run")
+    _open(connection, view, site, job_id)
     where = f"WHERE job_id = {int(job_id)}"
     if cluster is not None:
         where += f" AND cluster = {tables.quoted(cluster)}"
@@ -55,6 +54,34 @@ def runs(
         connection.execute(f"SELECT * FROM run {where} ORDER BY start_ns NULLS FIRST, run")
     )
     return [_run(connection, run) for run in found]
+
+
+def _open(connection: Any, view: Manifest, site: Site, job_id: int) -> None:  # noqa: ANN401
+    """Tables `run`, `member`, `account`, `path`, `total` of what is about one job id.
+
+    Taken from the accounts of all runs where these are up to date, else worked out for
+    this job alone.
+    """
+    made = accounts.ready(view, site)
+    if made is None:
+        accounts.build(connection, view, site, job_id=job_id)
+        return
+    do = connection.execute
+    do(f"CREATE TEMP TABLE run AS FROM {made.source('run')} WHERE job_id = {int(job_id)}")
+    numbers = ", ".join(str(row[0]) for row in do("SELECT run FROM run").fetchall()) or "NULL"
+    for name in ("member", "account"):
+        do(f"CREATE TEMP TABLE {name} AS FROM {made.source(name)} WHERE run IN ({numbers})")
+    do(f"CREATE TEMP VIEW path AS FROM {made.source('path')}")
+    epochs = [row[0] for row in do("SELECT DISTINCT epoch FROM member").fetchall()]
+    listed = ", ".join(f"unhex('{epoch.hex()}')" for epoch in epochs) or "NULL"
+    ids = do("SELECT DISTINCT job_id FROM member WHERE job_id IS NOT NULL").fetchall()
+    jobs = ", ".join(str(int(one[0])) for one in ids) or "NULL"
+    # The job id beside an epoch is there to find its row groups by.
+    source = (
+        f"(SELECT * FROM {view.source('totals')}"
+        f" WHERE (job_id IN ({jobs}) OR job_id IS NULL) AND epoch IN ({listed}))"
+    )
+    do(f"CREATE TEMP TABLE total AS SELECT * FROM {tables.latest('totals', source)}")
 
 
 def _run(connection: Any, run: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
@@ -255,7 +282,7 @@ def _dicts(cursor: Any) -> list[dict[str, Any]]:  # noqa: ANN401
 def timeline(view: Manifest, site: Site, job_id: int, cluster: str | None) -> Report:
     """CPU of each executable and node in each interval, as differences of the kept points."""
     connection = tables.connect(threads=1)
-    accounts.build(connection, view, site, job_id=job_id)
+    _open(connection, view, site, job_id)
     where = f"r.job_id = {int(job_id)}"
     if cluster is not None:
         where += f" AND r.cluster = {tables.quoted(cluster)}"

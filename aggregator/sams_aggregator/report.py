@@ -31,9 +31,9 @@ KINDS: Final = (
 SPECIAL: Final = KINDS[1:]
 
 _KEYS: Final = {
-    "software": "s.software",
-    "version": "s.version",
-    "local_version": "s.local_version",
+    "software": "CASE WHEN a.class = 'path' THEN s.software END",
+    "version": "CASE WHEN a.class = 'path' THEN s.version END",
+    "local_version": "CASE WHEN a.class = 'path' THEN s.local_version END",
     "user": 'r."user"',
     "project": "r.project",
     "partition": 'r."partition"',
@@ -300,18 +300,24 @@ def _where(chosen: Filter) -> str:
 def rows(connection: Any, keys: Sequence[str], chosen: Filter) -> list[Row]:  # noqa: ANN401
     """Sums by keys and kind, in no order."""
     chosen_keys = "".join(f"{_KEYS[name]} AS k{at}, " for at, name in enumerate(keys))
+    again = "".join(f"k{at}, " for at in range(len(keys)))
     paths = "LEFT JOIN path p ON p.path_id = a.path_id" if "path" in keys else ""
+    # First by run, then by the keys: to count distinct runs in one go takes ten times as long.
     found = connection.execute(f"""
-        SELECT {chosen_keys}
-            CASE WHEN a.class = 'path' THEN coalesce(s.kind, 'undetermined')
-                ELSE a.class END AS kind,
-            count(DISTINCT a.run), sum(a.cpu_ns), sum(a.core_us),
-            count(DISTINCT CASE WHEN r.running THEN a.run END),
-            count(DISTINCT CASE WHEN {PARTIAL} THEN a.run END)
-        FROM account a JOIN run r USING (run)
-        LEFT JOIN soft s ON s.path_id = a.path_id AND a.class = 'path' {paths}
-        {_where(chosen)}
-        GROUP BY ALL
+        WITH by_run AS (
+            SELECT {chosen_keys}
+                CASE WHEN a.class = 'path' THEN coalesce(s.kind, 'undetermined')
+                    ELSE a.class END AS kind,
+                a.run, any_value(r.running) AS running, any_value({PARTIAL}) AS partial,
+                sum(a.cpu_ns)::HUGEINT AS cpu_ns, sum(a.core_us) AS core_us
+            FROM account a JOIN run r USING (run)
+            LEFT JOIN soft s ON s.path_id = a.path_id {paths}
+            {_where(chosen)}
+            GROUP BY ALL
+        )
+        SELECT {again}kind, count(*), sum(cpu_ns), sum(core_us),
+            count(*) FILTER (running), count(*) FILTER (partial)
+        FROM by_run GROUP BY ALL
     """).fetchall()
     width = len(keys)
     return [

@@ -189,7 +189,8 @@ def latest(batches: Iterable[wire.Batch]) -> dict[tuple[bytes, int], wire.Record
 
 def result_of(batches: Sequence[wire.Batch]) -> Result:
     """Put the batches of one epoch together as a reader would."""
-    counters = [b for b in batches if b.kind == "counters"]
+    # What other jobs left in the kernel when they were killed is spooled as unclaimed.
+    counters = [b for b in batches if b.kind == "counters" and not b.unclaimed]
     assert counters, "no batch in the spool"
     assert len({b.epoch for b in counters}) == 1, "more than one epoch"
     final = max(counters, key=lambda b: (b.generation, b.sequence))

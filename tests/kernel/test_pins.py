@@ -1,0 +1,224 @@
+"""Pinned sets: jobs recognised in the kernel, two versions side by side, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sams_ebpf import cgroups, layout, pins, slots, wire
+from sams_ebpf.cgroups import Cgroup
+from sams_ebpf.programs import Options, ProgramSet
+from sams_ebpf.tracing import BpfMeter
+
+pytestmark = pytest.mark.kernel
+
+NOBODY = 65534
+
+
+class Node:
+    """A bpffs folder and a parent of job cgroups of this test's own."""
+
+    def __init__(self, tree: cgroups.Hierarchy) -> None:
+        self.tree = tree
+        self.root = Path(f"/sys/fs/bpf/sams-test-{os.getpid()}")
+        self.parent = cgroups.at(
+            tree.folder(f"/sams-test-{os.getpid()}-{time.monotonic_ns()}"), [tree]
+        )
+        assert self.parent is not None
+        Path(self.parent.folder).mkdir()
+        pins.mount_bpffs(self.root.parent)
+
+    def load(self, quota: int = 100) -> ProgramSet:
+        assert self.parent is not None
+        parents = (os.fsdecode(slots.kernel_path(self.parent)),)
+        options = Options(hierarchy=self.tree, quota=quota, tasks=512, parents=parents, exact=True)
+        with pins.lock():
+            return pins.load(options, "libbpf", stay=True, root=self.root)
+
+    def job(self, name: str, uid: int = 0) -> Cgroup:
+        assert self.parent is not None
+        folder = Path(self.parent.folder, name)
+        command = ["mkdir", str(folder)]
+        subprocess.run(command, check=True, user=uid or None)
+        found = cgroups.at(str(folder), [self.tree])
+        assert found is not None
+        return found
+
+    def collect_garbage(self) -> list[str]:
+        with pins.lock():
+            return [path.name for path in pins.collect_garbage(self.root)]
+
+    def close(self) -> None:
+        for folder in pins.folders(self.root):
+            pins.remove(folder)
+        assert self.parent is not None
+        assert cgroups.remove(self.parent)
+        assert not self.root.exists()
+
+
+@pytest.fixture(params=["v2", "cpuacct"])
+def node(request: pytest.FixtureRequest) -> Iterator[Node]:
+    (tree,) = [t for t in cgroups.mounted() if request.param in (t.name, *t.controllers)]
+    made = Node(tree)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def work(cgroup: Cgroup, times: int) -> None:
+    """In the cgroup: one shell and so many /bin/true, each a fork and an exec."""
+    enter = f"echo $$ > {cgroup.folder}/cgroup.procs"
+    script = f"{enter}; n=0; while [ $n -lt {times} ]; do /bin/true; n=$((n+1)); done"
+    subprocess.run(["sh", "-c", script], check=True, stdin=subprocess.DEVNULL)
+
+
+def only(programs: ProgramSet) -> layout.Slot:
+    (slot,) = slots.used(programs)
+    return slot
+
+
+def account(programs: ProgramSet, cgroup: Cgroup) -> tuple[wire.Ledger, wire.Processes, BpfMeter]:
+    found = [s for s in slots.used(programs) if s.path == slots.kernel_path(cgroup)]
+    meter = BpfMeter(programs, found[0], cgroup, let_go=slots.release)
+    snapshot = meter.harvest()
+    attributed = sum(r.cpu_ns for r in snapshot.records)
+    assert snapshot.cgroup_cpu_ns is not None
+    ledger = wire.Ledger(
+        cgroup_cpu_ns=snapshot.cgroup_cpu_ns,
+        attributed_cpu_ns=attributed,
+        unattributed_cpu_ns=snapshot.cgroup_cpu_ns - attributed,
+    )
+    return ledger, snapshot.processes, meter
+
+
+def closes(ledger: wire.Ledger) -> bool:
+    return abs(ledger.unattributed_cpu_ns or 0) <= 2000 < ledger.attributed_cpu_ns
+
+
+def test_a_new_version_takes_new_jobs_and_the_old_one_finishes_its_own(node: Node) -> None:
+    old = node.load(quota=100)
+    first = node.job("job_1")
+    work(first, 20)
+    new = node.load(quota=101)
+    assert (old.node().closed, old.node().stay, new.node().stay) == (1, 0, 1)
+    second = node.job("job_2")
+    work(first, 20)
+    work(second, 20)
+    assert only(old).path.endswith(b"/job_1")
+    assert only(new).path.endswith(b"/job_2")
+    assert node.collect_garbage() == [], "the old one still has a job"
+    for programs, job, shells in ((old, first, 2), (new, second, 1)):
+        ledger, processes, meter = account(programs, job)
+        assert closes(ledger), ledger
+        assert (processes.forks, processes.exits) == (20 * shells, 21 * shells)
+        meter.close()
+    old_name = pins.folders(node.root)[0].name
+    assert node.collect_garbage() == [old_name]
+    assert len(pins.folders(node.root)) == 1
+    old.close()
+    new.close()
+
+
+def test_a_job_is_counted_from_its_first_process_before_anyone_claims_it(node: Node) -> None:
+    programs = node.load()
+    job = node.job("job_42")
+    nested = Path(job.folder, "step_0", "task_0")
+    nested.mkdir(parents=True)
+    work(Cgroup(folder=str(nested), path="", hierarchy=node.tree), 10)
+    ledger, processes, meter = account(programs, job)
+    assert closes(ledger), ledger
+    assert (processes.forks, processes.moved_in, processes.live) == (10, 1, 0)
+    assert meter.generation == 1
+    meter.close()
+    programs.close()
+
+
+def test_a_job_s_cgroup_removed_and_made_again_is_the_same_job(node: Node) -> None:
+    programs = node.load()
+    job = node.job("job_7")
+    slot = only(programs)
+    work(job, 5)
+    meter = BpfMeter(programs, slot, job, let_go=slots.release)
+    meter.harvest()
+    Path(job.folder).rmdir()
+    assert only(programs).cgroups == 0
+    node.job("job_7")
+    assert only(programs).id == slot.id
+    work(job, 5)
+    snapshot = meter.harvest()
+    assert snapshot.processes.forks == 10
+    attributed = sum(record.cpu_ns for record in snapshot.records)
+    assert snapshot.cgroup_cpu_ns is not None
+    assert abs(snapshot.cgroup_cpu_ns - attributed) <= 2000
+    meter.close()
+    programs.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["s01ARZ3NDEKTSV", "job_1", "job_4294967295"], ids=["sluid", "short", "long"]
+)
+def test_names_of_jobs(node: Node, name: str) -> None:
+    programs = node.load()
+    job = node.job(name)
+    assert only(programs).path == slots.kernel_path(job)
+    slots.release(programs, only(programs).id)
+    programs.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["job_", "job_x", "job_1x", "jobs_1", "s01ARZ3NDEKTSI", "s01ARZ3NDEKTS", "x" * 40]
+)
+def test_other_names_are_nobody_s_job(node: Node, name: str) -> None:
+    programs = node.load()
+    node.job(name)
+    assert list(slots.used(programs)) == []
+    programs.close()
+
+
+def test_a_user_s_own_cgroup_is_no_job_whatever_its_name(node: Node) -> None:
+    programs = node.load()
+    assert node.parent is not None
+    os.chown(node.parent.folder, NOBODY, NOBODY)
+    node.job("job_8", uid=NOBODY)
+    assert list(slots.used(programs)) == []
+    nested = node.job("job_9_")
+    Path(nested.folder, "job_10").mkdir()
+    assert list(slots.used(programs)) == [], "its folder is not a configured parent"
+    programs.close()
+
+
+def test_nothing_of_a_released_job_remains(node: Node) -> None:
+    programs = node.load()
+    job = node.job("job_3")
+    work(job, 3)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        cgroups.enter(job, process.pid)
+        slots.release(programs, only(programs).id)
+        for name in ("tasks", "processes", "totals", "names", "splits", "cgroups", "jobs"):
+            assert programs.maps[name].all_keys() == [], name
+        process.kill()
+    assert list(slots.used(programs)) == []
+    programs.close()
+
+
+def test_a_full_slot_table_is_counted(node: Node) -> None:
+    programs = node.load()
+    taken = []
+    while (index := programs.maps["free_slots"].pop()) is not None:
+        taken.append(index)
+    node.job("job_5")
+    assert (len(taken), programs.node().slots_full) == (layout.SLOTS, 1)
+    assert list(slots.used(programs)) == []
+    programs.close()
+
+
+def test_a_half_pinned_set_is_collected(node: Node) -> None:
+    unfinished = node.root / "0123456789abcdef-v2-new"
+    unfinished.mkdir(parents=True)
+    assert node.collect_garbage() == [unfinished.name]

@@ -71,7 +71,13 @@ def _measured(arguments: argparse.Namespace, argv: list[str], cgroup: Cgroup) ->
     child, go = _fork(argv, cgroup)
     # The folder above our cgroup is read-only even to its owner: DAC_OVERRIDE removes it.
     kept = ("CAP_DAC_OVERRIDE",)
-    privileges.drop((*kept, "CAP_SYS_PTRACE") if isinstance(meter, ProcMeter) else kept)
+    if isinstance(meter, ProcMeter):
+        privileges.drop((*kept, "CAP_SYS_PTRACE"))
+    else:
+        # Before 5.19 look-ups on open maps may need one.
+        privileges.drop_all_but_needed(
+            meter.works, keep=kept, candidates=("CAP_BPF", "CAP_SYS_ADMIN")
+        )
     interval_s = arguments.interval or (60.0 if isinstance(meter, BpfMeter) else 1.0)
     claims = wire.Claims(
         node=config.Site().node_name(),

@@ -303,6 +303,8 @@ class Object:
         """Set how many elements maps have room for."""
         for name, size in sizes.items():
             what = f"map {name}: size {size}"
+            if name not in self._maps:
+                raise BpfError(f"{what}: not in the BPF object; it is of another version")
             _check(library().bpf_map__set_max_entries(self._maps[name], size), what)
 
     def read_only_data(self) -> ctypes.Array[ctypes.c_char]:
@@ -344,6 +346,7 @@ class Object:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+_WARNING_BYTES: Final = 4 << 20
 _PRINT = ctypes.CFUNCTYPE(_INT, _INT, _CHARS, _VP)
 
 
@@ -354,8 +357,10 @@ def _log() -> Iterator[list[str]]:
     libc = ctypes.CDLL(None)
     libc.vsnprintf.argtypes = [_VP, _SIZE, _CHARS, _VP]
 
-    def keep(_level: int, pattern: bytes, arguments: int) -> int:
-        buffer = ctypes.create_string_buffer(4096)
+    def keep(level: int, pattern: bytes, arguments: int) -> int:
+        # A warning may be the verifier's whole log, whose end names the cause; a va_list
+        # can be read once, so there is no asking for the size before.
+        buffer = ctypes.create_string_buffer(_WARNING_BYTES if level == 0 else 4096)
         libc.vsnprintf(buffer, len(buffer), pattern, arguments)
         lines.extend(buffer.value.decode("utf-8", "replace").splitlines())
         del lines[:-200]

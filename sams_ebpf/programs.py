@@ -317,11 +317,16 @@ def _fill_options(rodata: _Rodata, options: Options, *, slices: bool) -> None:
 
 
 def _host_mounts() -> int:
-    """Number of the host's mount namespace: that of PID 1, or ours where that is hidden."""
+    """Number of the host's mount namespace: that of PID 1, or ours where that is hidden.
+
+    0, by which no path is marked, in a service that has a mount namespace of its own and
+    may not look at PID 1's.
+    """
     try:
         return Path("/proc/1/ns/mnt").stat().st_ino
     except PermissionError:
-        return Path("/proc/self/ns/mnt").stat().st_ino
+        service = "INVOCATION_ID" in os.environ
+        return 0 if service else Path("/proc/self/ns/mnt").stat().st_ino
 
 
 def controller(hierarchy: Hierarchy) -> int:

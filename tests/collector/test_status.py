@@ -75,7 +75,7 @@ def test_shows_jobs_and_spool(site: config.Config) -> None:
     assert "3 m 19 s" in lines[3]
     assert "0.50 %" in lines[3]
     assert "\x1b" not in text
-    assert "2 batches (2 delta), 0.0 of 1074 MB, oldest 5.00 s ago" in lines[-2]
+    assert "2 batches (2 delta), 0.0 of 268 MB, oldest 5.00 s ago" in lines[-2]
     assert lines[-1] == (
         "programs abc-v2 (libbpf): loaded to stay, 3 of 512 slots in use (1 unclaimed), "
         "1000 events of 700 ns, 0.012 % of a CPU"
@@ -98,7 +98,7 @@ def test_no_programs(site: config.Config) -> None:
 def test_an_idle_node(site: config.Config) -> None:
     text = status.show(status.read(site, NOW, LOADED))
     assert "no job is being measured" in text
-    assert "0 batches, 0.0 of 1074 MB" in text
+    assert "0 batches, 0.0 of 268 MB" in text
 
 
 def test_a_spool_that_cannot_be_read_is_said(site: config.Config) -> None:

@@ -87,6 +87,10 @@ def jobs(site: Site) -> Jobs:
     return Jobs(site)
 
 
+# A scheduler's tick: 4 ms at HZ=250, as Debian's and this kernel's.
+TICK_NS = 4_000_000
+
+
 def check(run: Run, figures: dict[str, int], *, slack_ns: int = 0) -> None:
     """Compare a run with what its workload counted, and its ledger with the kernel."""
     for name in ("work", "short", "burn", "eat"):
@@ -107,13 +111,17 @@ def check(run: Run, figures: dict[str, int], *, slack_ns: int = 0) -> None:
     outside = [r for r in last.records if r.flags & wire.OUTSIDE]
     assert all(b"slurmstepd" in r.path for r in outside)
     assert ledger.attributed_cpu_ns == sum(r.cpu_ns for r in last.records if r not in outside)
-    if ledger.cgroup_cpu_ns is not None and ledger.age_ns == 0:
-        allowed = max(ledger.cgroup_cpu_ns // 1000, 1_000_000)
-        assert ledger.unattributed_cpu_ns is not None
-        assert abs(ledger.unattributed_cpu_ns) <= allowed
-    elif ledger.cgroup_cpu_ns is not None:
-        # The cgroup went before the last reading, which is as old as it says.
-        assert ledger.attributed_cpu_ns >= ledger.cgroup_cpu_ns - 1_000_000
+    if ledger.cgroup_cpu_ns is not None:
+        # slurmstepd moves itself in and out: up to a tick per move goes to the wrong side of
+        # the boundary (docs/kernel-side.md, "Not closed here").
+        allowed = max(ledger.cgroup_cpu_ns // 1000, 1_000_000) + TICK_NS * (
+            (last.processes.moved_in or 0) + (last.processes.moved_out or 0)
+            if last.processes is not None
+            else 0
+        )
+        assert ledger.attributed_cpu_ns >= ledger.cgroup_cpu_ns - allowed
+        # Older than the totals, the reading lacks what came after it.
+        assert ledger.age_ns or ledger.attributed_cpu_ns <= ledger.cgroup_cpu_ns + allowed
     processes = last.processes
     assert processes is not None
     assert processes.live == 0

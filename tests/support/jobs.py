@@ -24,7 +24,7 @@ import yaml
 from groups import Group, Hierarchy
 from workloads import Programs, Truth
 
-from sams_ebpf import wire
+from sams_ebpf import pins, slots, wire
 
 SetUp = Literal["default", "exact"]
 SETUPS: tuple[SetUp, ...] = ("default", "exact")
@@ -123,6 +123,18 @@ def _command(cgroup: Path, job_id: int, config: Path) -> list[str]:
         *COLLECTOR,
         *("collect", "--cgroup", str(cgroup), "--jobid", str(job_id), "--config", str(config)),
     ]
+
+
+def forget(cgroup: str) -> None:
+    """Take out of the kernel what a collector left that was killed and not started again."""
+    with pins.lock():
+        for folder in pins.folders():
+            programs = pins.open_set(folder)
+            for slot in list(slots.used(programs)):
+                if slot.path.rpartition(b"/")[2] == os.fsencode(cgroup):
+                    slots.release(programs, slot.id)
+            programs.close()
+        pins.collect_garbage()
 
 
 @dataclass(frozen=True)
@@ -255,6 +267,7 @@ class Job:
             process.wait(END_S)
         if self.collector is not None and self.collector.process.poll() is None:
             self.collector.kill()
+            forget(self.group.path.name)
         for group in reversed(self.groups):
             group.remove()
 

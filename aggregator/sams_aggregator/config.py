@@ -1,6 +1,6 @@
 """The aggregator's part of the site's configuration file, and the command line's share of it.
 
-`docs/aggregator.md` explains each key; a test keeps the two the same.
+`docs/aggregator.md` explains each key.
 """
 
 from __future__ import annotations

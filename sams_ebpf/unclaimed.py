@@ -61,7 +61,9 @@ def _overdue(after_s: float) -> Iterator[tuple[ProgramSet, layout.Slot]]:
 
 
 def _spool(site: config.Config, meter: BpfMeter) -> bool:
-    composer = writer.Composer(meter, claims_of(site, meter.path), full_every=1)
+    # A collector that died for good may have known who the job is.
+    claims = leftovers.claims(site.collector.state, meter.epoch) or claims_of(site, meter.path)
+    composer = writer.Composer(meter, claims, full_every=1)
     closing = wire.Closing(reason="unclaimed", live=0)
     batch = composer.compose(meter.harvest(), time.time_ns(), closing)
     batch = msgspec.structs.replace(batch, unclaimed=True)

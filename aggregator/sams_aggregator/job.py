@@ -184,7 +184,7 @@ def _ledger(epochs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _epoch(one: dict[str, Any]) -> dict[str, Any]:
     return {
-        "epoch": one["epoch"].hex(),
+        "epoch": one["epoch"][:16].hex(),
         "node": one["node"],
         "mode": one["mode"],
         "loader": one["loader"],

@@ -42,6 +42,7 @@ CLAIMS: Final = {
     "cpus": "BIGINT", "nodes": "BIGINT", "het_job_id": "BIGINT",
 }  # fmt: skip
 
+# epoch: 16 bytes of the epoch itself and 16 of the cluster and node that sent it.
 # points: an executable's counters at the end of each interval of its epoch.
 # totals: the same at the end of each month. Both: highest (generation, sequence) wins.
 # epochs: the head of the last batch of an epoch in each month, with its ledger.

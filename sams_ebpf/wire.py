@@ -212,6 +212,11 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Epoch, generation, writer, sequence."""
         return Identity(self.epoch, self.generation, self.writer, self.sequence)
 
+    @property
+    def clock_ns(self) -> int:
+        """When it was, as far as it says: end, else begin, else 0. Never used for order."""
+        return self.end_ns if self.end_ns is not None else self.begin_ns or 0
+
 
 class Dropped(msgspec.Struct, frozen=True, kw_only=True):
     """What a tombstone stands for: batches of its epoch given up under pressure."""
@@ -304,6 +309,40 @@ def check(data: bytes | memoryview) -> Header:
 def decode_header(data: bytes | memoryview) -> Header:
     """Read and check everything but the records, which are only skipped over."""
     return _take(_header, data)
+
+
+class Outline(NamedTuple):
+    """A batch's header, and where its records stand.
+
+    records: how many the array of records says it has. at: where the first of them starts
+    in the batch, if they have the columns of FIELDS and nothing comes after them; else 0,
+    and only `decode_rows` can tell.
+    """
+
+    header: Header
+    records: int
+    at: int
+
+
+def outline(data: bytes | memoryview) -> Outline:
+    """Read and check everything but the records, and say where these are."""
+    document = _take(_document, data)
+    raw = bytes(document.records)
+    count, head = _array_head(raw)
+    if not head or document.fields != FIELDS or count > MAX_RECORDS:
+        return Outline(document, count, 0)
+    if count == 0:  # They may have been left out.
+        return Outline(document, 0, len(data))
+    ends_it = data[-len(raw) :] == raw
+    return Outline(document, count, len(data) - len(raw) + head if ends_it else 0)
+
+
+def _array_head(raw: bytes) -> tuple[int, int]:
+    """Elements of a msgpack array and length of its head; (0, 0) for what is no array."""
+    if raw[0] & 0xF0 == 0x90:
+        return raw[0] & 0x0F, 1
+    length = {0xDC: 2, 0xDD: 4}.get(raw[0], 0)
+    return int.from_bytes(raw[1 : 1 + length], "big"), length and 1 + length
 
 
 def to_plain(data: bytes) -> dict[str, object]:

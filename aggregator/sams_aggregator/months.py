@@ -6,7 +6,10 @@ import bisect
 import datetime as dt
 import functools
 import re
+from typing import Any
 from zoneinfo import ZoneInfo
+
+import numpy as np
 
 from sams_ebpf.errors import UsageError
 
@@ -32,6 +35,12 @@ class Months:
     def of(self, time_ns: int) -> int:
         """Month in which a moment lies (ns since the Unix epoch)."""
         return self.numbers[max(0, bisect.bisect_right(self.starts_ns, time_ns) - 1)]
+
+    def of_all(self, times_ns: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Months in which many moments lie."""
+        at = np.searchsorted(np.array(self.starts_ns), times_ns, side="right") - 1
+        found: np.ndarray[Any, Any] = np.array(self.numbers)[np.maximum(at, 0)]
+        return found
 
 
 @functools.lru_cache(maxsize=8)

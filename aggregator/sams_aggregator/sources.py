@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from sams_aggregator import sams_facts
+from sams_aggregator.batches import Whole
 from sams_aggregator.sams_json import Folders, Found
 from sams_aggregator.work import KIND_COUNTERS, KIND_SAMS_JSON, Payload
 from sams_ebpf.errors import SamsError, UsageError
@@ -55,11 +56,20 @@ class Reading:
         self.problems: list[str] = []
 
     def __iter__(self) -> Iterator[Payload]:
-        segment = Archive.open(self._ref.archive).segment(self._ref.partition, self._ref.number)
-        name = f"{self._ref.archive}, segment {segment.id}"
+        segment, name = self._segment()
         for frame in segment.frames(0, on_damage=self._damaged):
             self.extent = frame.end
             yield Payload(frame.kind, f"{name}, byte {frame.offset}", frame.data, frame.received_ns)
+
+    def whole(self) -> Whole | None:
+        """The segment with its directory, if it has one: few of its frames need be read."""
+        segment, name = self._segment()
+        found = segment.whole()
+        return None if found is None else Whole(name, *found)
+
+    def _segment(self) -> tuple[Segment, str]:
+        segment = Archive.open(self._ref.archive).segment(self._ref.partition, self._ref.number)
+        return segment, f"{self._ref.archive}, segment {segment.id}"
 
     def _damaged(self, problem: Problem) -> None:
         self.problems.append(f"{self._ref.archive}, {problem}")

@@ -1,16 +1,16 @@
-# ruff: noqa: S608 - names of columns come from the schema
 """From the frames of one unit of input to one set of Parquet files. Pure but for that set.
 
 The same frames under the same options always give the same rows, wherever and however
-often this runs. Batches that a later full one of the same interval supersedes are not
-even decoded beyond their header.
+often this runs. Which batches count is worked out on columns (of the segment's directory,
+or of the batches' headers), and batches that a later full one of the same interval
+supersedes are not decoded, with a directory not even looked at.
 """
 
 from __future__ import annotations
 
 import gc
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
@@ -19,23 +19,22 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 
-from sams_aggregator import sacct, sams_facts, tables
-from sams_aggregator.months import Months, of_zone
-from sams_aggregator.tables import SetWriter, integers
+from sams_aggregator import latest, records, sacct, sams_facts, tables
+from sams_aggregator.batches import Batches, Damaged, Whole
+from sams_aggregator.months import of_zone
+from sams_aggregator.records import Records
+from sams_aggregator.tables import Column, SetWriter, integers
 from sams_ebpf import wire
 from sams_ebpf.errors import SamsError
+from sams_receiver.archive import directory as dr
 
 MAX_PROBLEMS: Final = 10_000
 SECOND: Final = 1_000_000_000
 BATCH: Final = "batch"
 SAMS_JSON: Final = "sams-json"
-_CHUNK_ROWS: Final = 65_536
-_CLAIM_NAMES: Final = tuple(tables.CLAIMS)
-
-
-# Columns that are kept once for all rows that share them.
-_SOURCE: Final = {"path": "p.name", "script": "s.name"}
+INTERVAL: Final = {"totals": "month", "points": "slot"}
 
 
 class Options(NamedTuple):
@@ -77,15 +76,6 @@ class Result(NamedTuple):
     bad: tuple[tuple[str, str], ...]
 
 
-class _Batch(NamedTuple):
-    order: tuple[int, int, int]
-    end_ns: int
-    header: wire.Header
-    data: bytes
-    origin: str
-    place: str
-
-
 KIND_COUNTERS: Final = 1
 KIND_SAMS_JSON: Final = 2
 KIND_SACCT: Final = 16
@@ -101,12 +91,10 @@ class Builder:
     def __init__(self, options: Options, *, check: bool = False) -> None:
         self._options = options
         self._check = check
-        self._months: Months = of_zone(options.zone)
-        self._epochs: dict[bytes, dict[tuple[int, int, int], _Batch]] = defaultdict(dict)
+        self._batches = Batches()
         self._jobs: list[sacct.Job] = []
         self.bad: list[tuple[str, str]] = []
         self.frames = 0
-        self.records = 0
 
     def add(self, payload: Payload) -> bool:
         """Take one payload; False if it was set aside, with its reason in `bad`."""
@@ -126,35 +114,38 @@ class Builder:
             return False
         return True
 
+    def add_segment(self, whole: Whole) -> None:
+        """Take a segment by its directory, at most one. Raises Damaged, as `write` then does."""
+        others = self._batches.add_segment(whole, BATCH)
+        self.frames += self._batches.of_segment
+        for kind, place, data in others:
+            self.add(Payload(kind, place, data))
+
     def write(self, folder: Path) -> Result:
-        """Write what was collected. Raises OSError or what DuckDB raises (a full disk, …)."""
-        rows = _Rows(self._options, self._months, self._set_aside)
-        for epoch in sorted(self._epochs):
-            rows.add_epoch(epoch, self._epochs[epoch])
-        self.records = rows.records
-        if not (rows.epochs or rows.dropped or self._jobs):
-            return Result(None, (), 0, None, None, self.frames, rows.records, (), tuple(self.bad))
-        writer = SetWriter(folder)
-        try:
-            connection = tables.connect(threads=1)
-            rows.write(connection, writer)
-            if self._jobs:
-                _copy_rows(connection, "jobs", self._jobs, writer)
-            connection.close()
-            size = writer.finish()
-        except BaseException:
-            writer.abandon()
-            raise
+        """Write what was collected. Raises OSError (a full disk, …)."""
+        rows = _Rows(self._batches, self._options, self._set_aside)
         times = [job.start_ns for job in self._jobs] + rows.times
+        name, found, size = None, [], 0
+        if rows.epochs or rows.dropped or self._jobs:
+            writer = SetWriter(folder)
+            try:
+                rows.write(writer)
+                if self._jobs:
+                    tables.write_rows("jobs", self._jobs, writer.path("jobs"))
+                size = writer.finish()
+            except BaseException:
+                writer.abandon()
+                raise
+            name, found = writer.name, writer.tables
         return Result(
-            writer.name,
-            tuple(writer.tables),
+            name,
+            tuple(found),
             size,
             min(times, default=None),
             max(times, default=None),
             self.frames,
-            rows.records,
-            tuple(sorted(rows.paths)),
+            rows.decoded,
+            rows.paths,
             tuple(self.bad),
         )
 
@@ -163,11 +154,9 @@ class Builder:
             self.bad.append((place, reason))
 
     def _add_batch(self, data: bytes, origin: str, place: str) -> None:
-        header = wire.check(data) if self._check else wire.decode_header(data)
-        end_ns = header.end_ns if header.end_ns is not None else header.begin_ns or 0
-        tie = int.from_bytes(blake2b(data, digest_size=8).digest(), "little") & wire.INT64_MAX
-        order = (header.generation, header.sequence, tie)
-        self._epochs[_epoch_key(header)][order] = _Batch(order, end_ns, header, data, origin, place)
+        if self._check:
+            wire.check(data)
+        self._batches.add(data, wire.outline(data), origin, place)
 
     def _from_json(self, data: bytes) -> bytes:
         options = self._options
@@ -193,245 +182,233 @@ def work(payloads: Iterable[Payload], options: Options, folder: Path) -> Result:
         return builder.write(folder)
 
 
-class _Rows:
-    """Rows of the tables, as columns in the making."""
+def work_whole(whole: Whole, options: Options, folder: Path) -> Result | None:
+    """The same for a segment with a directory; None if only its frames can tell."""
+    with _no_collector():
+        builder = Builder(options)
+        try:
+            builder.add_segment(whole)
+            return builder.write(folder)
+        except Damaged:
+            return None
 
-    def __init__(self, options: Options, months: Months, set_aside: Any) -> None:  # noqa: ANN401
-        self._months = months
+
+class _Rows:
+    """What the batches of one unit say, as rows of the tables."""
+
+    def __init__(
+        self, batches: Batches, options: Options, set_aside: Callable[[str, str], None]
+    ) -> None:
+        self._batches = batches
+        self._months = of_zone(options.zone)
         self._every = options.points_every_s * SECOND
         self._set_aside = set_aside
-        self.points = _Counters("points", "slot")
-        self.totals = _Counters("totals", "month")
         self.epochs: list[tuple[Any, ...]] = []
         self.claims: list[tuple[Any, ...]] = []
         self.dropped: list[tuple[Any, ...]] = []
         self.times: list[int] = []
-        self.paths: set[bytes] = set()
-        self.records = 0
+        self.decoded = 0
+        self.paths: tuple[bytes, ...] = ()
+        self._counters: dict[str, dict[str, Any]] = {}
+        self._keys: list[bytes] = []
+        self._job_ids: list[int | None] = []
+        columns = batches.columns()
+        if len(columns["source"]):
+            self._find(columns)
 
-    def add_epoch(self, epoch: bytes, batches: dict[tuple[int, int, int], _Batch]) -> None:
-        """Rows of one epoch: latest first, so that the first seen is what counts."""
-        job_id = None
-        claims: dict[wire.Claims, tuple[int, int, int]] = {}
-        head: set[int] = set()
-        slots: dict[int, _Latest] = {}
-        months: dict[int, _Latest] = {}
-        ordered = sorted(batches.values(), key=lambda batch: batch.order, reverse=True)
-        for batch in ordered:
-            if batch.header.claims.job_id is not None:
-                job_id = batch.header.claims.job_id
+    def _find(self, columns: dict[str, Column]) -> None:
+        order, epoch = self._in_order(columns)
+        self._say_claims(order, epoch, columns["claims"])
+        # Tables are written in the order of jobs, so that a look-up reads little of them.
+        by_job = sorted(range(len(self._keys)), key=self._by_job)
+        place = np.argsort(np.array(by_job))
+        self._keys = [self._keys[n] for n in by_job]
+        self._job_ids = [self._job_ids[n] for n in by_job]
+        self._jobs = integers(self._job_ids)
+        again = np.argsort(place[epoch], kind="stable")
+        order, epoch = order[again], place[epoch][again]
+        self._order, self._epoch = order, epoch
+        self._ordered = {name: column[order] for name, column in columns.items()}
+        counters = (self._ordered["bits"] & dr.COUNTERS) > 0
+        for at in np.flatnonzero(~counters).tolist():
+            self._say_dropped(at)
+        times = self._ordered["end_ns"]
+        self.times = [int(times.min()), int(times.max())]
+        self._count(counters)
+
+    def _by_job(self, number: int) -> tuple[bool, int, bytes]:
+        job_id = self._job_ids[number]
+        return job_id is None, job_id or 0, self._keys[number]
+
+    def _in_order(self, columns: dict[str, Column]) -> tuple[Column, Column]:
+        """Numbers of the batches, by epoch and the latest first, and the epoch of each."""
+        source, generation, sequence = (
+            columns[name] for name in ("source", "generation", "sequence")
+        )
+        # Which epoch a source is, any of its batches says; the last one is wanted anyway.
+        order = np.lexsort((sequence, generation, source))
+        ends = np.append(np.flatnonzero(latest.starts(source[order]))[1:], len(order)) - 1
+        keys: dict[bytes, int] = {}
+        number = np.array([
+            keys.setdefault(_epoch_key(self._batches.header(last)), len(keys))
+            for last in order[ends].tolist()
+        ])  # fmt: skip
+        self._keys = list(keys)
+        epoch = number[source]
+        order = np.lexsort((-sequence, -generation, epoch))
+        same = ~latest.starts(epoch[order], generation[order], sequence[order])
+        if same.any():
+            tie = np.zeros(len(order), dtype=np.int64)
+            for at in order[same | np.append(same[1:], False)].tolist():
+                tie[at] = self._batches.tie(at)
+            order = np.lexsort((-tie, -sequence, -generation, epoch))
+            order = order[
+                latest.starts(epoch[order], generation[order], sequence[order], tie[order])
+            ]
+        return order, epoch[order]
+
+    def _say_claims(self, order: Column, epoch: Column, claims: Column) -> None:
+        """Each different claims of an epoch with the last batch that made them."""
+        said = claims[order]
+        by_claims = np.lexsort((np.arange(len(order)), said, epoch))
+        firsts = np.sort(by_claims[latest.starts(epoch[by_claims], said[by_claims])])
+        self._job_ids = [None] * len(self._keys)
+        seen: set[tuple[int, wire.Claims]] = set()
+        for at in firsts.tolist():
+            of, number = int(epoch[at]), int(order[at])
+            header = self._batches.header(number)
+            made = header.claims
+            if (of, made) in seen:
+                continue
+            seen.add((of, made))
+            if self._job_ids[of] is None:
+                self._job_ids[of] = made.job_id
+            self.claims.append(
+                (self._keys[of], header.generation, header.sequence, self._batches.tie(number),
+                 *_plain_claims(made))
+            )  # fmt: skip
+
+    def _say_dropped(self, at: int) -> None:
+        of, number = int(self._epoch[at]), int(self._order[at])
+        header = self._batches.header(number)
+        dropped = header.dropped
+        if dropped is not None:
+            self.dropped.append(
+                (self._keys[of], self._job_ids[of], header.generation, header.sequence,
+                 self._batches.tie(number), dropped.first_sequence, dropped.last_sequence,
+                 dropped.batches, dropped.bytes, dropped.reason)
+            )  # fmt: skip
+
+    def _count(self, alive: Column) -> None:
+        """Rows of `points`, `totals`, `epochs`; batches that cannot be read are left out."""
+        times, whole = self._ordered["end_ns"], (self._ordered["bits"] & dr.WHOLE) > 0
+        months = self._months.of_all(times)
+        slots = times // self._every if self._every else None
+        while True:
+            some = np.flatnonzero(alive)
+            totals = some[latest.needed(self._epoch[some], months[some], whole[some])]
+            points = totals[:0]
+            if slots is not None:
+                points = some[latest.needed(self._epoch[some], slots[some], whole[some])]
+            wanted = np.union1d(totals, points)
+            found = self._records(wanted)
+            if not found.bad:
                 break
-        for batch in ordered:
-            header = batch.header
-            claims.setdefault(header.claims, batch.order)
-            if header.dropped is not None:
-                self.dropped.append(_dropped_row(epoch, job_id, batch, header.dropped))
-            if header.kind != "counters":
-                continue
-            month = self._months.of(batch.end_ns)
-            of_month = months.setdefault(month, _Latest())
-            slot = batch.end_ns // self._every if self._every else 0
-            of_slot = slots.setdefault(slot, _Latest()) if self._every else None
-            rows = None
-            if not of_month.closed or (of_slot is not None and not of_slot.closed):
-                try:
-                    rows = wire.decode_rows(batch.data)
-                except wire.WireError as error:
-                    self._set_aside(batch.place, str(error))
-                    continue
-                self.records += len(rows)
-            if month not in head:
-                head.add(month)
-                self.epochs.append(_epoch_row(epoch, job_id, month, batch))
-                self.times.append(batch.end_ns)
-            if rows is None:
-                continue
-            full = header.full and header.executables == len(rows)
-            new = of_month.take(rows, full=full)
-            if new:
-                self.totals.add(epoch, job_id, month, batch, new)
-                self.paths.update([row[0] for row in new])
-            if of_slot is not None:
-                new = of_slot.take(rows, full=full)
-                if new:
-                    self.points.add(epoch, job_id, slot, batch, new)
-        if ordered:
-            self.times.append(ordered[-1].end_ns)
-        self.claims += [
-            (epoch, *order, *[getattr(said, name) for name in _CLAIM_NAMES])
-            for said, order in claims.items()
-        ]
+            for at, reason in found.bad.items():
+                self._set_aside(self._batches.place(int(self._order[wanted[at]])), reason)
+            alive[wanted[list(found.bad)]] = False
+        self.decoded = len(found.path.codes)
+        ends = latest.starts(self._epoch[totals], months[totals])
+        for at in totals[ends].tolist():
+            self._say_epoch(at, int(months[at]))
+        kept = self._table("totals", months, totals, wanted, found)
+        used = np.unique(found.path.codes[kept]).tolist()
+        self.paths = tuple(sorted(found.path.values[code] for code in used))
+        if slots is not None:
+            self._table("points", slots, points, wanted, found)
 
-    def write(self, connection: Any, writer: SetWriter) -> None:  # noqa: ANN401
+    def _records(self, wanted: Column) -> Records:
+        numbers = self._order[wanted].tolist()
+        starts = self._ordered["records_at"][wanted]
+        areas = [
+            self._batches.data(number)[at:] if at else b""
+            for number, at in zip(numbers, starts.tolist(), strict=True)
+        ]
+        return records.decode(
+            areas,
+            self._ordered["records"][wanted],
+            starts > 0,
+            lambda at: wire.decode_rows(self._batches.data(numbers[at])),
+        )
+
+    def _say_epoch(self, at: int, month: int) -> None:
+        of, number = int(self._epoch[at]), int(self._order[at])
+        header = self._batches.header(number)
+        ledger, final = header.ledger, header.final
+        assert ledger is not None  # noqa: S101 - the wire refuses counters without a ledger
+        self.epochs.append(
+            (self._keys[of], self._job_ids[of], month, header.generation, header.sequence,
+             self._batches.tie(number), header.begin_ns, header.clock_ns, header.mode,
+             header.loader, header.software, int(header.unclaimed),
+             final and final.reason, final and final.live, ledger.cgroup_cpu_ns,
+             ledger.attributed_cpu_ns, ledger.outside_cpu_ns, ledger.age_ns,
+             _json(ledger.unattributed_by), _json(ledger.lost), _json(header.processes),
+             header.executables, self._batches.origin(number))
+        )  # fmt: skip
+
+    def _table(
+        self, table: str, interval: Column, chosen: Column, wanted: Column, found: Records
+    ) -> Column:
+        """Make the columns of a table of counters; returns which of the records are in it."""
+        place = np.searchsorted(wanted, chosen)
+        counts = np.diff(found.first)[place]
+        rows = records.ranges(found.first[place], counts)
+        batch = np.repeat(np.arange(len(chosen)), counts)
+        of = np.cumsum(latest.starts(self._epoch[chosen], interval[chosen])) - 1
+        flags = found.numbers["flags"][rows]
+        if flags.max(initial=0) > 2 * max(wire.FLAG_NAMES):
+            flags = np.unique(flags, return_inverse=True)[1]
+        first = latest.first_of_each((of[batch], found.path.codes[rows], flags))
+        if first is not None:
+            rows, batch = rows[first], batch[first]
+        ties = [self._batches.tie(number) for number in self._order[chosen].tolist()]
+        at = chosen[batch]
+        epoch = self._epoch[at]
+        columns: dict[str, Any] = {
+            "epoch": pa.DictionaryArray.from_arrays(
+                epoch.astype(np.int32), pa.array(self._keys, pa.binary())
+            ),
+            "job_id": tables.whole_numbers(self._jobs[epoch]),
+            INTERVAL[table]: pa.array(interval[at]),
+            **{key: pa.array(self._ordered[key][at]) for key in ("generation", "sequence")},
+            "tie": pa.array(np.array(ties, dtype=np.int64)[batch]),
+            "end_ns": pa.array(self._ordered["end_ns"][at]),
+            "path": found.path.array(rows),
+            "script": found.script.array(rows),
+            **{
+                key: tables.whole_numbers(column[rows]) for key, column in found.numbers.items()
+            },
+        }  # fmt: skip
+        if len(rows):
+            self._counters[table] = {key: columns[key] for key in tables.SCHEMA[table]}
+        return rows
+
+    def write(self, writer: SetWriter) -> None:
         """Write every table that has rows."""
-        for counters in (self.points, self.totals):
-            counters.write(connection, writer)
+        for table, columns in self._counters.items():
+            tables.write(columns, writer.path(table))
         for table, rows in (
             ("epochs", self.epochs), ("claims", self.claims), ("dropped", self.dropped)
         ):  # fmt: skip
             if rows:
-                _copy_rows(connection, table, rows, writer)
+                tables.write_rows(table, rows, writer.path(table))
 
 
-class _Latest:
-    """Which executables of an interval have been seen, going back in time."""
-
-    __slots__ = ("_kept", "_seen", "closed")
-
-    def __init__(self) -> None:
-        self.closed = False
-        self._kept: list[list[wire.Row]] = []
-        self._seen: set[tuple[bytes, int]] | None = None
-
-    def take(self, rows: list[wire.Row], *, full: bool) -> list[wire.Row]:
-        """Rows that are the latest of their executable."""
-        if self.closed:
-            return []
-        self.closed = full
-        if not self._kept:
-            self._kept.append(rows)
-            if len({row[0] for row in rows}) == len(rows):
-                return rows
-            # One path with several flags; or a hostile batch: then the first row stands.
-            self._seen = set()
-        if self._seen is None:
-            self._seen = {row[:2] for row in self._kept[0]}
-        new = []
-        for row in rows:
-            key = row[:2]
-            if key not in self._seen:
-                self._seen.add(key)
-                new.append(row)
-        return new
-
-
-class _Counters:
-    """The rows of `points` or `totals`: what is the same for a batch is kept once for it."""
-
-    def __init__(self, table: str, interval: str) -> None:
-        self._table = table
-        self._interval = interval
-        self._heads: list[tuple[bytes, int | None, int, int, int, int, int]] = []
-        self._counts: list[int] = []
-        self._waiting: list[wire.Row] = []
-        self._paths: dict[bytes | None, int] = {}
-        self._parts: list[list[np.ndarray[Any, Any]]] = []
-
-    def add(
-        self, epoch: bytes, job_id: int | None, interval: int, batch: _Batch, rows: list[wire.Row]
-    ) -> None:
-        """Take the rows of one batch."""
-        self._heads.append((epoch, job_id, interval, *batch.order, batch.end_ns))
-        self._counts.append(len(rows))
-        self._waiting += rows
-        if len(self._waiting) >= _CHUNK_ROWS:
-            self._pack()
-
-    def _pack(self) -> None:
-        if not self._waiting:
-            return
-        path, flags, script, *counters = zip(*self._waiting, strict=True)
-        self._waiting = []
-        self._parts.append(
-            [
-                self._numbers(path),
-                integers(flags),
-                self._numbers(script),
-                *[integers(column) for column in counters],
-            ]
-        )
-
-    def _numbers(self, names: Iterable[bytes | None]) -> np.ndarray[Any, Any]:
-        known = self._paths
-        return np.array([known.setdefault(name, len(known)) for name in names], dtype=np.int64)
-
-    def write(self, connection: Any, writer: SetWriter) -> None:  # noqa: ANN401
-        """Write the table, sorted."""
-        self._pack()
-        if not self._parts:
-            return
-        counts = np.array(self._counts)
-        schema = tables.SCHEMA[self._table]
-        head_names = ("epoch", "job_id", self._interval, "generation", "sequence", "tie", "end_ns")
-        head_schema = {name: schema[name] for name in head_names}
-        rows = dict(
-            zip(
-                ["path_id", "flags", "script_id", *wire.COUNTERS],
-                [np.concatenate(parts) for parts in zip(*self._parts, strict=True)],
-                strict=True,
-            )
-        )
-        rows["head"] = np.repeat(np.arange(len(counts)), counts)
-        connection.register("rows_in", rows)
-        select = ", ".join(
-            f"nullif(r.{name}, {tables.NULL}) AS {name}"
-            if name in rows
-            else f'{_SOURCE.get(name, f"h.{name}")} AS "{name}"'
-            for name in schema
-        )
-        folder = writer.temporary
-        heads = ((at, *head) for at, head in enumerate(self._heads))
-        with (
-            tables.loaded({"head": "BIGINT", **head_schema}, heads, folder) as h,
-            tables.loaded({"id": "BIGINT", "name": "BLOB"}, self._names(), folder) as names,
-        ):
-            connection.execute(f"CREATE TEMP TABLE heads_in AS FROM {h}")
-            connection.execute(f"CREATE TEMP TABLE names_in AS FROM {names}")
-        tables.copy(
-            connection,
-            f"SELECT {select} FROM rows_in r JOIN heads_in h USING (head)"
-            " JOIN names_in p ON p.id = r.path_id JOIN names_in s ON s.id = r.script_id",
-            writer.path(self._table),
-        )
-        connection.unregister("rows_in")
-        for name in ("heads_in", "names_in"):
-            connection.execute(f"DROP TABLE {name}")
-
-    def _names(self) -> Iterator[tuple[int, bytes | None]]:
-        for name, number in self._paths.items():
-            yield number, name
-
-
-def _copy_rows(
-    connection: Any,  # noqa: ANN401
-    table: str,
-    rows: Sequence[Sequence[Any]],
-    writer: SetWriter,
-) -> None:
-    with tables.loaded(tables.SCHEMA[table], rows, writer.temporary) as source:
-        tables.copy(
-            connection,
-            f"SELECT * FROM {source} ORDER BY {tables.SORTED_BY[table]}",
-            writer.path(table),
-        )
+_plain_claims: Final = operator.attrgetter(*tables.CLAIMS)
 
 
 def _json(value: Any) -> str | None:  # noqa: ANN401
     return msgspec.json.encode(value, order="sorted").decode() if value else None
-
-
-def _epoch_row(epoch: bytes, job_id: int | None, month: int, batch: _Batch) -> tuple[Any, ...]:
-    header = batch.header
-    ledger = header.ledger
-    assert ledger is not None  # noqa: S101 - the wire refuses counters without a ledger
-    return (
-        epoch, job_id, month, *batch.order, header.begin_ns, batch.end_ns, header.mode,
-        header.loader, header.software, int(header.unclaimed),
-        header.final.reason if header.final is not None else None,
-        header.final.live if header.final is not None else None,
-        ledger.cgroup_cpu_ns, ledger.attributed_cpu_ns, ledger.outside_cpu_ns, ledger.age_ns,
-        _json(ledger.unattributed_by), _json(ledger.lost),
-        _json(header.processes), header.executables, batch.origin,
-    )  # fmt: skip
-
-
-def _dropped_row(
-    epoch: bytes, job_id: int | None, batch: _Batch, dropped: wire.Dropped
-) -> tuple[Any, ...]:
-    return (
-        epoch, job_id, *batch.order, dropped.first_sequence, dropped.last_sequence,
-        dropped.batches, dropped.bytes, dropped.reason,
-    )  # fmt: skip
 
 
 @contextmanager

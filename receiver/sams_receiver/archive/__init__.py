@@ -18,6 +18,7 @@ Writing, one process at a time:
 
 from __future__ import annotations
 
+from sams_receiver.archive.directory import Directory
 from sams_receiver.archive.format import (
     Damage,
     Flag,
@@ -36,6 +37,7 @@ __all__ = [
     "Archive",
     "ArchiveError",
     "Damage",
+    "Directory",
     "Flag",
     "FormatError",
     "Frame",

@@ -38,8 +38,8 @@ _HEADER_BYTES: Final = _HEADER.size + 4
 DATA_START: Final = 2 * _HEADER_BYTES
 _FRAME = struct.Struct("<8sIBBHQ")
 _CHECK = struct.Struct("<I")
-_FRAME_HEAD: Final = _FRAME.size + 4
-FRAME_OVERHEAD: Final = _FRAME_HEAD + 4
+FRAME_HEAD: Final = _FRAME.size + 4
+FRAME_OVERHEAD: Final = FRAME_HEAD + 4
 _MARK = struct.Struct("<QQ")
 MARK_BYTES: Final = _MARK.size + 4
 
@@ -156,7 +156,7 @@ def pack_frame(marker: bytes, kind: int, flags: int, received_ns: int, data: byt
 
 def parse_frame(data: Buffer, at: int, marker: bytes, base: int = 0) -> Frame | None:
     """Read the valid frame at `at`, or None. `base` is added to the offsets it reports."""
-    body = at + _FRAME_HEAD
+    body = at + FRAME_HEAD
     if body > len(data):
         return None
     head = data[at : at + _FRAME.size]
@@ -173,9 +173,17 @@ def parse_frame(data: Buffer, at: int, marker: bytes, base: int = 0) -> Frame | 
     return Frame(kind, flags, received_ns, base + at, base + end + _CHECK.size, payload)
 
 
+def intact(data: memoryview, at: int, length: int) -> bool:
+    """Whether the payload of `length` bytes of the frame at `at` has its right checksum."""
+    body = at + FRAME_HEAD
+    (check,) = _CHECK.unpack_from(data, body - _CHECK.size)
+    (wanted,) = _CHECK.unpack_from(data, body + length)
+    return checksum(data[body : body + length], check) == int(wanted)
+
+
 def needs(data: Buffer, at: int, marker: bytes) -> int:
     """How many bytes from `at` the frame that starts there takes; 0 if none starts there."""
-    if at + _FRAME_HEAD > len(data):
+    if at + FRAME_HEAD > len(data):
         return 0
     head = data[at : at + _FRAME.size]
     found, length, *_ = _FRAME.unpack(head)
@@ -200,7 +208,7 @@ def scan(read: Read, start: int, end: int, marker: bytes) -> Iterator[Frame | Da
     window, base = b"", start
     damaged_from: int | None = None
     while at < end:
-        if at - base + _FRAME_HEAD > len(window):
+        if at - base + FRAME_HEAD > len(window):
             window, base = read(at, min(_WINDOW, end - at)), at
         wanted = needs(window, at - base, marker)
         if at - base + wanted > len(window) and at + wanted <= end:
@@ -304,6 +312,10 @@ def tag_of(kind: int, data: bytes) -> Tag:
     """Tag of any payload. Raises wire.WireError or FormatError for what cannot be read."""
     if kind == Kind.COUNTERS:
         return batch_tag(wire.decode_header(data), data)
+    return _tag_of_other(kind, data)
+
+
+def _tag_of_other(kind: int, data: bytes) -> Tag:
     if kind == Kind.UPSTREAM_JSON:
         return unpack_upstream(data).tag
     whole = blake2b(bytes([kind]) + data, digest_size=16).digest()
@@ -312,10 +324,18 @@ def tag_of(kind: int, data: bytes) -> Tag:
 
 def tag_of_frame(frame: Frame) -> Tag | None:
     """Tag of a stored frame; None for one that today's reader of batches cannot read."""
+    return describe(frame)[0]
+
+
+def describe(frame: Frame) -> tuple[Tag | None, wire.Outline | None]:
+    """Tag of a stored frame, and the outline of a batch; None for what cannot be read."""
     try:
-        return tag_of(frame.kind, frame.data)
+        if frame.kind == Kind.COUNTERS:
+            found = wire.outline(frame.data)
+            return batch_tag(found.header, frame.data), found
+        return _tag_of_other(frame.kind, frame.data), None
     except (wire.WireError, FormatError):
-        return None
+        return None, None
 
 
 class Block(NamedTuple):
@@ -443,22 +463,31 @@ class IndexBuilder:
                 *(_KIND.pack(*item) for item in sorted(self._kinds.items())),
             ]
         )
-        packed += _CHECK.pack(checksum(packed))
-        trailer = _TRAILER.pack(len(packed), checksum(_CHECK.pack(len(packed))), INDEX_MAGIC)
-        return _SKIP.pack(_SKIPPABLE, len(packed) + len(trailer)) + packed + trailer
+        return skippable(packed + _CHECK.pack(checksum(packed)), INDEX_MAGIC)
 
 
-TRAILER_BYTES: Final = _TRAILER.size
+def skippable(packed: bytes, magic: bytes) -> bytes:
+    """A zstd frame that decompressors pass over, with a trailer by which its end tells it."""
+    trailer = _TRAILER.pack(len(packed), checksum(_CHECK.pack(len(packed))), magic)
+    return _SKIP.pack(_SKIPPABLE, len(packed) + len(trailer)) + packed + trailer
 
 
-def index_length(trailer: bytes) -> int:
-    """Length of the index that ends right before the last TRAILER_BYTES of a sealed file."""
+def skippable_before(read: Read, end: int, magic: bytes) -> tuple[int, bytes] | None:
+    """Where the skippable frame that ends at `end` begins, and what is in it.
+
+    None if what ends there is not one of this magic. Raises FormatError if the file is
+    too short for it.
+    """
+    trailer = read(max(0, end - _TRAILER.size), _TRAILER.size)
     if len(trailer) != _TRAILER.size:
         raise FormatError("sealed segment is cut")
-    length, check, magic = _TRAILER.unpack(trailer)
-    if magic != INDEX_MAGIC or check != checksum(_CHECK.pack(length)):
-        raise FormatError("sealed segment does not end in an index")
-    return int(length)
+    length, check, found = _TRAILER.unpack(trailer)
+    if found != magic or check != checksum(_CHECK.pack(length)):
+        return None
+    begin = end - _TRAILER.size - length - _SKIP.size
+    if begin < 0:
+        raise FormatError("sealed segment is cut")
+    return begin, read(begin + _SKIP.size, length)
 
 
 def compress(parts: Sequence[bytes]) -> bytes:
@@ -476,6 +505,13 @@ def compress(parts: Sequence[bytes]) -> bytes:
 
 def decompress(data: Buffer, limit: int) -> bytes:
     """Decompress what one zstd frame holds. Raises FormatError for damage or more than limit."""
+    decompressor = _decompressor()
+    try:
+        out = decompressor.decompress(data, max_length=limit + 1)
+    except zstd.ZstdError as error:
+        raise FormatError(f"not valid zstd: {error}") from error
+    if decompressor.eof and len(out) <= limit and not decompressor.unused_data:
+        return out
     out, problem = salvage(data, limit)
     if problem is not None:
         raise FormatError(problem)

@@ -16,7 +16,9 @@ from typing import BinaryIO, Final, NamedTuple
 import msgspec
 
 from sams_ebpf.errors import SamsError
+from sams_receiver.archive import directory
 from sams_receiver.archive import format as fmt
+from sams_receiver.archive.directory import Directory
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class Segment:
         self._id = segment_id
         self._archive = archive
         self._index: fmt.Index | None = None
+        self._index_at = 0
 
     @property
     def id(self) -> SegmentId:
@@ -142,13 +145,23 @@ class Segment:
         if self._index is None:
             with self._open(self.sealed_path) as file:
                 size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - fmt.TRAILER_BYTES))
-                length = fmt.index_length(file.read(fmt.TRAILER_BYTES))
-                if length + fmt.TRAILER_BYTES > size:
-                    raise fmt.FormatError("sealed segment is cut")
-                file.seek(size - fmt.TRAILER_BYTES - length)
-                self._index = fmt.Index(file.read(length))
+                found = fmt.skippable_before(_of(file), size, fmt.INDEX_MAGIC)
+            if found is None:
+                raise fmt.FormatError("sealed segment does not end in an index")
+            self._index_at, packed = found
+            self._index = fmt.Index(packed)
         return self._index
+
+    def directory(self) -> Directory | None:
+        """Directory of a sealed segment; None if it has none that can be used."""
+        try:
+            index = self.index()
+            with self._open(self.sealed_path) as file:
+                found = fmt.skippable_before(_of(file), self._index_at, directory.MAGIC)
+            return None if found is None else Directory(found[1], index.frames)
+        except fmt.FormatError as error:
+            log.warning("segment %s: %s; read without it", self._id, error)
+            return None
 
     def frames(self, from_offset: int = 0, on_damage: OnDamage = warn) -> Iterator[fmt.Frame]:
         """Frames that start at or after from_offset; a damaged range is reported and passed.
@@ -183,6 +196,23 @@ class Segment:
                 file.seek(block.offset)
                 yield fmt.decompress(file.read(block.length), block.raw_length)
 
+    def whole(self) -> tuple[bytes, Directory] | None:
+        """The raw form of a sealed segment and its directory, to pick frames by.
+
+        None for a segment that is live, damaged, or has no directory: read its frames. A
+        frame that is picked has to be checked, `fmt.intact`. Raises ArchiveError for a
+        segment that is not of this archive.
+        """
+        found = self.directory() if self.sealed else None
+        if found is None:
+            return None
+        try:
+            data = b"".join(self.raw_bytes())
+        except fmt.FormatError:
+            return None
+        self._check(data)
+        return (data, found) if found.covers(len(data)) else None
+
     def _raw_items(self, fd: int, from_offset: int) -> Iterator[fmt.Frame | fmt.Damage]:
         size = os.fstat(fd).st_size
         end = self._durable(size)
@@ -206,7 +236,11 @@ class Segment:
                 if header is not None and block.raw_offset + block.raw_length <= from_offset:
                     continue
                 file.seek(block.offset)
-                data, problem = fmt.salvage(file.read(block.length), block.raw_length)
+                packed = file.read(block.length)
+                try:
+                    data, problem = fmt.decompress(packed, block.raw_length), None
+                except fmt.FormatError:
+                    data, problem = fmt.salvage(packed, block.raw_length)
                 if header is None:
                     header = self._check(data)
                 if len(data) < block.raw_length:
@@ -317,6 +351,10 @@ def read_mark(folder: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return fmt.parse_mark(data)
+
+
+def _of(file: BinaryIO) -> fmt.Read:
+    return lambda at, length: os.pread(file.fileno(), length, at)
 
 
 def _within(data: bytes, base: int) -> Callable[[int, int], bytes]:

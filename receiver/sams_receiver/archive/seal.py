@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sams_ebpf import durable
 from sams_receiver.archive import format as fmt
+from sams_receiver.archive.directory import DirectoryBuilder
 from sams_receiver.archive.reader import ArchiveError, Segment
 
 _COMPARE = 1 << 20
@@ -75,6 +76,7 @@ def _write(raw_path: Path, out: int) -> None:
         size = os.fstat(fd).st_size
         header = fmt.parse_segment_header(raw.read(fmt.DATA_START))
         builder = fmt.IndexBuilder()
+        directory = DirectoryBuilder()
 
         def read(at: int, length: int) -> bytes:
             return os.pread(fd, length, at)
@@ -82,7 +84,9 @@ def _write(raw_path: Path, out: int) -> None:
         def counted() -> Iterator[fmt.Frame | fmt.Damage]:
             for item in fmt.scan(read, fmt.DATA_START, size, header.marker):
                 if isinstance(item, fmt.Frame):
-                    builder.add(item, fmt.tag_of_frame(item))
+                    tag, outline = fmt.describe(item)
+                    builder.add(item, tag)
+                    directory.add_frame(item, outline)
                 yield item
 
         offset = 0
@@ -91,7 +95,7 @@ def _write(raw_path: Path, out: int) -> None:
             durable.write_all(out, packed)
             builder.blocks.append(fmt.Block(begin, offset, end - begin, len(packed)))
             offset += len(packed)
-        durable.write_all(out, builder.pack(size))
+        durable.write_all(out, directory.pack() + builder.pack(size))
 
 
 def _parts(read: fmt.Read, begin: int, end: int) -> list[bytes]:

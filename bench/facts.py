@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import random
 import resource
 import shutil
 import sqlite3
@@ -12,71 +15,150 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from bench import facts_site
+from bench.facts_site import PARTITIONS
 from bench.section import Section, Table
-from sams_aggregator import accounts, compact, ingest, job, manifest, report, tables
+from sams_aggregator import (
+    accounts,
+    compact,
+    ingest,
+    job,
+    manifest,
+    report,
+    software,
+    sources,
+    tables,
+)
 from sams_aggregator import config as cfg
+from sams_aggregator import reprocess as rebuild
 from sams_aggregator import state as st
-from sams_aggregator.manifest import Store
+from sams_aggregator.manifest import FileSet, Manifest, Store
 from sams_aggregator.rules import Rules
-from sams_aggregator.work import Options
+from sams_aggregator.work import Options, work
 from sams_receiver.archive import Archive, Kind
 
 SITE = accounts.Site("UTC", "c1")
+DASK_TURNS = 5
+YEAR = 365 * 24  # segments of one hour
+# Sets of so many segments: the most that compaction leaves of a year's.
+YEAR_SETS = [1] * 7 + [8] * 7 + [64] * 7 + [512] * 7 + [4096]
 
 
 def run() -> Section:
-    archive, counts = facts_site.archive()
+    archive, sacct, counts = facts_site.archives()
     folder = Path(tempfile.mkdtemp(prefix="bench-facts-", dir=facts_site.ROOT))
     try:
-        return _run(archive, counts, folder)
+        return _run(archive, sacct, counts, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(archive: Path, counts: dict[str, int], folder: Path) -> Section:
+class Took(NamedTuple):
+    """Wall and CPU time of one run, its children included; memory of its largest process."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mb: int
+
+
+def _run(archive: Path, sacct: Path, counts: dict[str, int], folder: Path) -> Section:
     records = counts["records"]
-    naive_s = timed(lambda: naive(archive))[0]
-    rows: list[list[Any]] = [
-        ["naive loop: dicts of dicts, one process", naive_s, records / naive_s, 1.0]
-    ]
+    loop = alone(naive, archive)
+    rows: list[list[Any]] = [_row("naive loop: a dict for each record", loop, records, loop)]
+    remarks = []
     shapes = (("totals only", 0), ("points of ten minutes", 600), ("all points", 1))
+    took: dict[int, Took] = {}
     for name, every in shapes:
-        took, _ = timed(lambda every=every: reprocess(archive, folder / f"r{every}", every, 1))  # type: ignore[misc]
-        rows.append([f"{name}, one process", took, records / took, naive_s / took])
-    two = timed(lambda: reprocess(archive, folder / "two", 600, 2))[0]
-    rows.append(["points of ten minutes, two processes", two, records / two, naive_s / two])
-    dask = on_dask(archive, folder)
-    rows.append(["the same on a Dask cluster of two worker processes", dask, records / dask,
-                 naive_s / dask])  # fmt: skip
-    reports, remarks = report_figures(folder / "two", folder)
+        took[every] = alone(reprocess, archive, folder / f"r{every}", every, 1)
+        rows.append(_row(f"{name}, one process", took[every], records, loop))
+        if every != 600:
+            shutil.rmtree(folder / f"r{every}")
+    two = alone(reprocess, archive, folder / "two", 600, 2)
+    rows.append(_row("points of ten minutes, two processes", two, records, loop))
+    dask, same = on_dask(archive, folder, fingerprint(folder / "two"))
+    rows.append(["the same on Dask, two worker processes, median", dask, None, records / dask,
+                 loop.wall_s / dask, None, None])  # fmt: skip
+    remarks.append(
+        f"Two processes: {took[600].wall_s / two.wall_s:.2f} times one. Dask: {DASK_TURNS} runs,"
+        f" the workers up before the clock starts; {dask / two.wall_s:.2f} times the pool's time."
+        f" Once more with one of three workers killed on the way: same facts to the digit:"
+        f" {same}."
+    )
+    remarks.append(
+        f"Directory of batches beside the index of sealed segments; without one each batch's header"
+        f" is decoded: totals then take {without(archive, folder) / took[0].cpu_s:.1f} times the"
+        " CPU."
+    )
+    lines = alone(reprocess, sacct, folder / "two", 600, 1)
+    remarks.append(
+        f"Rows of sacct of all jobs, from the aggregator's own archive: {lines.wall_s:.1f} s."
+    )
+    reports, more = report_figures(folder / "two", folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
-    remarks.append(f"Peak memory: {peak} MB with the reports, {workers} MB in a worker.")
+    remarks += [*more, f"Peak memory of compaction, accounts and reports: {peak} MB."]
     return Section(
         "Facts and reports",
-        f"{counts['jobs']:,} jobs of 5 to 120 batches on 2,000 nodes, {counts['batches']:,}"
-        f" batches, {records:,} records, 20,000 paths; {counts['raw'] >> 20:,} MB raw,"
-        f" {counts['bytes'] >> 20:,} MB sealed. Wall time of one run each, to facts recorded in the"
-        " manifest, before compaction. The naive loop reads the same sealed archive, decodes each"
-        " batch to dicts, and keeps the latest record of each epoch and path in a dict.",
+        f"{counts['jobs']:,} jobs of 5 to 120 batches on 2,000 nodes, some 2,000 at a time,"
+        f" {counts['batches']:,} batches in the order in which they are sent, {records:,} records,"
+        f" 20,000 paths; {counts['segments']} sealed segments of {PARTITIONS} partitions,"
+        f" {counts['raw'] >> 20:,} MB raw, {counts['bytes'] >> 20:,} MB sealed. One run each, in a"
+        " process of its own, to facts recorded in the manifest, before compaction. The naive loop"
+        " reads the same archive, decodes each batch to dicts, and keeps the latest record of each"
+        " epoch and path in a dict. CPU: all processes of the reading.",
         [
-            Table(["reading", "s", "records/s", "x naive"], rows),
+            Table(
+                ["reading", "s", "CPU s", "records/s", "x naive", "x naive, CPU", "peak MB"], rows
+            ),
             Table(["question", "s", "SQLite s", "ratio"], reports),
         ],
         remarks,
     )
 
 
+def _row(name: str, took: Took, records: int, loop: Took) -> list[Any]:
+    return [name, took.wall_s, took.cpu_s, records / took.wall_s, loop.wall_s / took.wall_s,
+            loop.cpu_s / took.cpu_s, took.peak_mb]  # fmt: skip
+
+
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     began = time.monotonic()
     result = function()
     return time.monotonic() - began, result
+
+
+def alone(function: Callable[..., Any], *arguments: object) -> Took:
+    """Time a function in a process of its own, from after its imports to its end."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_timed_alone, args=(theirs, function, arguments)
+    )
+    process.start()
+    theirs.close()
+    wall, cpu, peak = ours.recv()
+    process.join()
+    print(f"{function.__name__} {arguments[1:]}: {wall:.1f} s, {cpu:.1f} s CPU, {peak} MB",
+          file=sys.stderr)  # fmt: skip
+    return Took(wall, cpu, peak)
+
+
+def _timed_alone(
+    pipe: Connection, function: Callable[..., Any], arguments: tuple[object, ...]
+) -> None:
+    before = os.times()
+    wall = timed(lambda: function(*arguments))[0]
+    after = os.times()
+    cpu = sum(after[:4]) - sum(before[:4])
+    peak = max(
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    pipe.send((wall, cpu, peak >> 10))
 
 
 def naive(archive: Path) -> int:
@@ -103,10 +185,35 @@ def reprocess(archive: Path, data: Path, every: int, workers: int) -> None:
     state.close()
 
 
-def on_dask(archive: Path, folder: Path) -> float:
-    """Median of three; the workers are up before the clock starts."""
-    from sams_aggregator import reprocess as module  # noqa: PLC0415
+def without(archive: Path, folder: Path) -> float:
+    """CPU seconds that totals would take of segments without directory, by a few of them."""
+    refs = sources.segments(archive)
+    some = refs[:: max(1, len(refs) // 4)]
+    began = time.process_time()
+    for ref in some:
+        work(sources.Reading(ref), Options("UTC", 0, "c1"), folder)
+    return (time.process_time() - began) * len(refs) / len(some)
 
+
+def fingerprint(data: Path) -> str:
+    """Digest of all facts that count, whatever files they are in."""
+    state = st.open_state(cfg.Aggregator(data=data))
+    view = manifest.read(Store(state, data))
+    state.close()
+    connection = tables.connect()
+    sums = []
+    for table in ("points", "totals", "epochs", "claims", "dropped"):
+        columns = ", ".join(f'"{name}"' for name in tables.SCHEMA[table])
+        sums.append(
+            connection.execute(
+                f"SELECT count(*), sum(hash(row({columns}))::HUGEINT) FROM {view.latest(table)}"
+            ).fetchone()
+        )
+    return repr(sums)
+
+
+def on_dask(archive: Path, folder: Path, expected: str) -> tuple[float, bool]:
+    """Median of several runs; and whether one with a killed worker gives the same facts."""
     file = folder / "scheduler.json"
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     base = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port",
@@ -121,66 +228,129 @@ def on_dask(archive: Path, folder: Path) -> float:
         processes += [subprocess.Popen(worker, **quiet) for _ in range(2)]
         time.sleep(10)
         times = []
-        for turn in range(3):
+        for turn in range(DASK_TURNS):
             data = folder / f"dask{turn}"
-            state = st.open_state(cfg.Aggregator(data=data))
-            store = Store(state, data)
-            began = time.monotonic()
-            found = module.tasks(store, [archive], Options("UTC", 600, "c1"))
-            for done in module.dask_run(found, address=None, file=file):
-                ingest.take(store, done, ingest.Tally())
-            times.append(time.monotonic() - began)
-            state.close()
-        return statistics.median(times)
+            times.append(timed(lambda data=data: dask_once(archive, data, file, None))[0])  # type: ignore[misc]
+            shutil.rmtree(data)
+            print(f"dask: {times[-1]:.1f} s", file=sys.stderr)
+        processes.append(subprocess.Popen(worker, **quiet))
+        time.sleep(10)
+        dask_once(archive, folder / "killed", file, processes[-1])
+        same = fingerprint(folder / "killed") == expected
+        shutil.rmtree(folder / "killed")
+        return statistics.median(times), same
     finally:
         for process in processes:
             process.kill()
             process.wait()
 
 
+def dask_once(
+    archive: Path, data: Path, file: Path, victim: subprocess.Popen[bytes] | None
+) -> None:
+    """Read everything; the victim is killed when the first segments are there."""
+    state = st.open_state(cfg.Aggregator(data=data))
+    store = Store(state, data)
+    found = rebuild.tasks(store, [archive], Options("UTC", 600, "c1"))
+    for done in rebuild.dask_run(found, address=None, file=file):
+        ingest.take(store, done, ingest.Tally())
+        if victim is not None:
+            victim.kill()
+    state.close()
+
+
 def report_figures(data: Path, folder: Path) -> tuple[list[list[Any]], list[str]]:
     state = st.open_state(cfg.Aggregator(data=data))
     store = Store(state, data)
     remarks = []
-    took, made = timed(lambda: compact.compact(store, everything=True))
+    took, _ = timed(lambda: compact.compact(store, everything=True))
     remarks.append(f"Compaction of all sets into one: {took:.1f} s.")
     took, made = timed(lambda: accounts.current(store, SITE))
     remarks.append(f"Accounts of all runs, once after each ingest: {took:.1f} s.")
     keys = ("software", "version", "user", "project", "month")
-    rules = Rules.from_config(facts_site.rules(), "bench")
-    connection = tables.connect()
-    every = accounts.paths_of(connection, made)
 
-    def ask(with_rules: Rules) -> list[report.Row]:
-        names = dict(zip(every, with_rules.map_many(every), strict=True))
-        opened = report.open_accounts(made, names)
-        return report.rows(opened, keys, report.Filter())
+    def ask(rules: Rules) -> list[report.Row]:
+        """As `report` does: new paths, or all under new rules, are mapped first."""
+        software.update(state, rules)
+        names = dict(software.mapping(state, rules.version))
+        return report.rows(report.open_accounts(made, names), keys, report.Filter())
 
-    fresh = statistics.median(timed(lambda: ask(rules))[0] for _ in range(3))
-    names = dict(zip(every, rules.map_many(every), strict=True))
-    opened = report.open_accounts(made, names)
-    warm = statistics.median(
-        timed(lambda: report.rows(opened, keys, report.Filter()))[0] for _ in range(3)
-    )
-    ours = {(row.keys, row.kind): row.cpu_ns for row in report.rows(opened, keys, report.Filter())
+    changed = []
+    for turn in range(3):
+        rules = Rules.from_config(facts_site.rules(turn), "bench")
+        changed.append(timed(lambda rules=rules: ask(rules))[0])  # type: ignore[misc]
+    times = [timed(lambda: ask(rules)) for _ in range(5)]
+    warm = statistics.median(time for time, _ in times)
+    found = times[0][1]
+    names = dict(software.mapping(state, rules.version))
+    ours = {(row.keys, row.kind): row.cpu_ns for row in found
             if row.kind in ("software", "ignored", "undetermined")}  # fmt: skip
-    theirs_s, theirs = sqlite_report(store, made, names, folder / "points.sqlite")
+    theirs_s, theirs, points = sqlite_report(store, made, names, folder / "points.sqlite")
     same = {key: cpu for key, cpu in ours.items() if cpu} == {k: c for k, c in theirs.items() if c}
-    remarks.append(f"CPU time of each row the same as SQLite's: {same}.")
-    number = facts_site.JOBS // 2
-    view = manifest.read(store)
-    looks = statistics.median(timed(lambda: job.runs(view, SITE, number))[0] for _ in range(9))
+    remarks.append(
+        f"{points:,} points in SQLite; {len(theirs):,} rows of the report, the CPU time of each the"
+        f" same: {same}."
+    )
+    looks = look_up(manifest.read(store))
+    year = Store(state, data)._replace(data=folder / "year")
+    view = a_year(manifest.read(store), year.data)
+    over = look_up(view)
+    size = sum(one.bytes for one in view.sets) >> 20
+    remarks.append(
+        f"A year: the same jobs as if {YEAR:,} segments of an hour held them, in {len(view.sets)}"
+        f" sets, the most that compaction leaves of these; {size} MB."
+    )
     state.close()
     return [
         ["report by software, version, user, project, month", warm, theirs_s, theirs_s / warm],
-        ["the same, rules changed: all paths mapped anew", fresh, theirs_s, theirs_s / fresh],
-        ["one run with its ledger, median of 9", looks, None, None],
-    ], remarks
+        ["the same after a change of rules: all paths mapped anew", statistics.median(changed),
+         theirs_s, theirs_s / statistics.median(changed)],
+        ["one run with its ledger, all in one set", looks, None, None],
+        ["one run with its ledger, after a year of segments", over, None, None],
+    ], remarks  # fmt: skip
+
+
+def look_up(view: Manifest) -> float:
+    """Median over runs here and there, each asked for the first time."""
+    chance = random.Random(5)
+    numbers = [chance.randrange(1, facts_site.JOBS + 1) for _ in range(15)]
+    times = []
+    for number in numbers:
+        took, found = timed(lambda number=number: job.runs(view, SITE, number))  # type: ignore[misc]
+        assert found[0]["job"] == number
+        times.append(took)
+    return statistics.median(times)
+
+
+def a_year(view: Manifest, folder: Path) -> Manifest:
+    """Sets as compaction leaves them of a year of segments, the jobs in turn."""
+    connection = tables.connect()
+    sets = []
+    done = 0
+    for number, segments in enumerate(reversed(YEAR_SETS)):
+        low, high = (
+            1 + facts_site.JOBS * upto // sum(YEAR_SETS) for upto in (done, done + segments)
+        )
+        done += segments
+        place = folder / f"set{number}"
+        place.mkdir(parents=True)
+        for table in ("points", "totals", "epochs", "claims", "jobs"):
+            tables.copy(
+                connection,
+                f"SELECT * FROM {view.source(table)} WHERE job_id >= {low} AND job_id < {high}"
+                f" ORDER BY {tables.SORTED_BY[table]}",
+                place / f"{table}{tables.SUFFIX}",
+                level=3,
+            )
+        made = tuple(path.stem for path in place.iterdir())
+        size = sum(path.stat().st_size for path in place.iterdir())
+        sets.append(FileSet(number, place.name, made, 1, size, None, None))
+    return Manifest(folder, tuple(sets))
 
 
 def sqlite_report(
     store: Store, made: accounts.Accounts, names: dict[bytes, Any], file: Path
-) -> tuple[float, dict[Any, int]]:
+) -> tuple[float, dict[Any, int], int]:
     """The same question in SQL over the same points, with a covering index and ANALYZE."""
     view = manifest.read(store)
     source = tables.connect()
@@ -226,8 +396,10 @@ def sqlite_report(
         GROUP BY 1, 2, 3, 4, 5, 6
     """
     took, found = timed(lambda: database.execute(question).fetchall())
+    points = database.execute("SELECT count(*) FROM points").fetchone()[0]
     database.close()
-    return took, {(row[:5], row[5]): row[6] for row in found}
+    file.unlink()
+    return took, {(row[:5], row[5]): row[6] for row in found}, points
 
 
 def main() -> None:

@@ -369,8 +369,8 @@ def _take(decoder: msgspec.msgpack.Decoder[_H], data: bytes | memoryview) -> _H:
 
 def _checked(header: _H) -> _H:
     _check_version(header.v)
-    unknown = sorted(set(header.critical) - _KNOWN)
-    if unknown:
+    if header.critical and not _KNOWN.issuperset(header.critical):
+        unknown = sorted(set(header.critical) - _KNOWN)
         raise WireError(f"batch needs a reader that knows {', '.join(unknown)}: upgrade this one")
     if len(header.sums) not in (0, max(0, len(header.fields) - KEY_COLUMNS)):
         raise WireError("sums do not match fields")

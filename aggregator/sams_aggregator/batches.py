@@ -1,73 +1,79 @@
 """The batches of one unit: what each is, as columns, and its bytes when they are wanted.
 
 They come one by one, or as a segment whose directory says what is in it. Of such a segment
-only what is asked for is looked at, and its checksum compared then.
+only what is asked for is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from hashlib import blake2b
+import itertools
+from array import array
 from typing import Final, NamedTuple
 
 import numpy as np
 
+from sams_aggregator.latest import starts
 from sams_aggregator.tables import Column
 from sams_ebpf import wire
-from sams_receiver.archive import Directory
+from sams_ebpf.errors import SamsError
+from sams_receiver.archive import Directory, Segment
 from sams_receiver.archive import directory as dr
 from sams_receiver.archive import format as fmt
 
 _NUMBERED: Final = ("source", "claims")
 
 
-class Damaged(Exception):  # noqa: N818 - a reason to take another way, not an error
-    """A segment is not what its directory says: its frames have to be searched."""
+class DirectoryError(SamsError):
+    """A segment is not what its directory says: its frames have to be read."""
 
 
-class Whole(NamedTuple):
-    """A segment that can be picked from: its raw form and its directory; name: for people."""
+class Picked(NamedTuple):
+    """A segment that is read by its directory; name: for people."""
 
     name: str
-    raw: bytes
+    segment: Segment
     directory: Directory
 
 
 class Batches:
-    """Batches that were added, by number from 0 on."""
+    """Batches by number from 0 on, in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._singles = dr.DirectoryBuilder()
-        self._data: list[bytes] = []
-        self._said: list[tuple[str, str]] = []
         self._segment: _Segment | None = None
+        # How many of them are of the segment: the first ones.
+        self.of_segment = 0
+        self._singles = dr.DirectoryBuilder()
+        self._said: list[tuple[str, str]] = []
+        # None: not read yet.
+        self._data: list[bytes | None] = []
         self._headers: dict[int, wire.Header] = {}
-        self._ties: dict[int, int] = {}
+
+    def add_segment(self, picked: Picked, origin: str) -> list[tuple[int, str, bytes]]:
+        """Take the batches of a segment, before all others; gives kind, place, bytes of the rest.
+
+        Raises DirectoryError.
+        """
+        self._segment = _Segment(picked, origin)
+        self.of_segment = len(self._segment.rows)
+        self._data = [None] * self.of_segment
+        others = self._segment.others
+        return [
+            (int(self._segment.kinds[at]), self._segment.place(at), data)
+            for at, data in self._segment.read(others).items()
+        ]
 
     def add(self, data: bytes, outline: wire.Outline, origin: str, place: str) -> None:
         """Take one batch."""
-        self._singles.add(0, len(data), outline)
+        self._singles.add(len(data), outline, fmt.content_digest(data))
         self._data.append(data)
         self._said.append((origin, place))
 
-    def add_segment(self, whole: Whole, origin: str) -> list[tuple[int, str, bytes]]:
-        """Take the batches of a segment, at most once; returns kind, place, bytes of the rest."""
-        self._segment = _Segment(whole, origin)
-        return [
-            (
-                int(self._segment.kinds[at]),
-                self._segment.place(at),
-                bytes(self._segment.payload(at)),
-            )
-            for at in self._segment.others.tolist()
-        ]
-
     def columns(self) -> dict[str, Column]:
-        """What the batches are, those of the segment first; names as in its directory."""
-        singles = {
-            name: np.asarray(column, dtype=np.int64)
-            for name, column in self._singles.columns.items()
-        }
+        """What the batches are; names as in a directory.
+
+        `digest` tells which of two counts that claim to be the same batch.
+        """
+        singles = _columns(self._singles.columns)
         if self._segment is None:
             return singles
         first = self._segment.columns
@@ -75,77 +81,97 @@ class Batches:
             singles[name] += first[name].max(initial=-1) + 1
         return {name: np.append(first[name], singles[name]) for name in first}
 
-    def data(self, number: int) -> bytes | memoryview:
-        """One batch's bytes. Raises Damaged."""
-        count = self.of_segment
-        if self._segment is None or number >= count:
-            return self._data[number - count]
-        return self._segment.payload(self._segment.rows[number])
+    def fetch(self, numbers: Column) -> None:
+        """Read batches that will be wanted, each block of the segment once.
 
-    def origin(self, number: int) -> str:
-        """What it was that it was made from."""
-        count = self.of_segment
-        if self._segment is None or number >= count:
-            return self._said[number - count][0]
-        return self._segment.origin
+        Raises DirectoryError.
+        """
+        if self._segment is None:
+            return
+        end, data = self.of_segment, self._data
+        missing = [n for n in numbers.tolist() if n < end and data[n] is None]
+        if missing:
+            rows = self._segment.rows[missing]
+            found = self._segment.read(rows)
+            for number, row in zip(missing, rows.tolist(), strict=True):
+                self._data[number] = found[row]
 
-    def place(self, number: int) -> str:
-        """Where it stood, for people."""
-        count = self.of_segment
-        if self._segment is None or number >= count:
-            return self._said[number - count][1]
-        return self._segment.place(self._segment.rows[number])
+    def data(self, number: int) -> bytes:
+        """One batch's bytes. Raises DirectoryError."""
+        found = self._data[number]
+        if found is None:
+            self.fetch(np.array([number]))
+            found = self._data[number]
+            assert found is not None  # noqa: S101 - fetched, or it has raised
+        return found
 
     def header(self, number: int) -> wire.Header:
-        """One batch's header. Raises Damaged."""
+        """One batch's header. Raises DirectoryError."""
         found = self._headers.get(number)
         if found is None:
             try:
                 found = wire.decode_header(self.data(number))
             except wire.WireError as error:
                 # Another version of this program sealed it; this one says what it cannot read.
-                raise Damaged from error
+                raise DirectoryError(str(error)) from error
             self._headers[number] = found
         return found
 
-    def tie(self, number: int) -> int:
-        """A number of its bytes: tells which of two counts that claim to be the same batch."""
-        found = self._ties.get(number)
-        if found is None:
-            digest = blake2b(self.data(number), digest_size=8).digest()
-            found = self._ties[number] = int.from_bytes(digest, "little") & wire.INT64_MAX
-        return found
+    def origin(self, number: int) -> str:
+        """What it was that it was made from."""
+        first = self.of_segment
+        if self._segment is not None and number < first:
+            return self._segment.origin
+        return self._said[number - first][0]
 
-    @property
-    def of_segment(self) -> int:
-        """How many of them are of the segment."""
-        return 0 if self._segment is None else len(self._segment.rows)
+    def place(self, number: int) -> str:
+        """Where it stood, for people."""
+        if self._segment is not None and number < self.of_segment:
+            return self._segment.place(self._segment.rows[number])
+        return self._said[number - self.of_segment][1]
 
 
 class _Segment:
-    def __init__(self, whole: Whole, origin: str) -> None:
+    def __init__(self, picked: Picked, origin: str) -> None:
         self.origin = origin
-        self._name = whole.name
-        self._raw = memoryview(whole.raw)
-        every = {
-            name: np.frombuffer(column, dtype=column.typecode).astype(np.int64)
-            for name, column in whole.directory.columns.items()
-        }
+        self._name = picked.name
+        self._segment = picked.segment
+        every = _columns(picked.directory.columns)
         ends = fmt.DATA_START + np.cumsum(every["length"] + fmt.FRAME_OVERHEAD)
-        self._lengths: Sequence[int] = every["length"].tolist()
-        self._offsets: Sequence[int] = (ends - every["length"] - fmt.FRAME_OVERHEAD).tolist()
+        self._offsets = ends - every["length"] - fmt.FRAME_OVERHEAD
+        blocks = np.array([block.raw_offset for block in picked.segment.index().blocks])
+        self._block = np.searchsorted(blocks, self._offsets, side="right") - 1
+        self._begin = self._offsets - blocks[self._block] + fmt.FRAME_HEAD
+        self._end = self._begin + every["length"]
         self.kinds = every["kind"]
         mine = (every["bits"] & dr.BATCH) > 0
         self.others = np.flatnonzero(~mine)
-        self.rows: Sequence[int] = np.flatnonzero(mine).tolist()
+        self.rows = np.flatnonzero(mine)
         self.columns = {name: column[mine] for name, column in every.items()}
 
-    def payload(self, at: int) -> memoryview:
-        offset, length = self._offsets[at], self._lengths[at]
-        if not fmt.intact(self._raw, offset, length):
-            raise Damaged
-        begin = offset + fmt.FRAME_HEAD
-        return self._raw[begin : begin + length]
+    def read(self, rows: Column) -> dict[int, bytes]:
+        """Payloads of frames: block after block, of which nothing else is kept."""
+        rows = np.sort(rows)
+        firsts = np.flatnonzero(starts(self._block[rows])).tolist()
+        found: dict[int, bytes] = {}
+        for first, last in itertools.pairwise([*firsts, len(rows)]):
+            chosen = rows[first:last]
+            try:
+                data = self._segment.block(int(self._block[chosen[0]]))
+            except fmt.FormatError as error:
+                raise DirectoryError(str(error)) from error
+            begins, ends = self._begin[chosen].tolist(), self._end[chosen].tolist()
+            for row, begin, end in zip(chosen.tolist(), begins, ends, strict=True):
+                found[row] = data[begin:end]
+        return found
 
     def place(self, at: int) -> str:
         return f"{self._name}, byte {self._offsets[at]}"
+
+
+def _columns(columns: dict[str, array[int]]) -> dict[str, Column]:
+    # Of the digests the highest bit is lost: they are integers of the facts, too.
+    return {
+        name: np.frombuffer(column, dtype=column.typecode).astype(np.int64) & wire.INT64_MAX
+        for name, column in columns.items()
+    }

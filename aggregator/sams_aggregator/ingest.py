@@ -15,7 +15,7 @@ from sams_aggregator import state as st
 from sams_aggregator.manifest import Store
 from sams_aggregator.progress import bar
 from sams_aggregator.sources import SegmentRef, Source
-from sams_aggregator.work import Builder, Options, Payload, Result, work, work_whole
+from sams_aggregator.work import Builder, Options, Payload, Result, work, work_picked
 from sams_ebpf.errors import PartialError, SamsError, UsageError
 from sams_receiver.archive import Appender, Item, Kind
 
@@ -197,11 +197,10 @@ def take(store: Store, done: pool.Done[Task, Outcome], tally: Tally) -> None:
 def read_segment(task: Task) -> Outcome:
     """Work on one segment: pure but for the set it writes."""
     reading = sources.Reading(task.ref)
-    whole = reading.whole()
-    if whole is not None:
-        picked = work_whole(whole, task.options, task.folder)
-        if picked is not None:
-            return Outcome(picked, len(whole.raw), ())
+    picked = reading.picked()
+    found = None if picked is None else work_picked(picked, task.options, task.folder)
+    if found is not None:
+        return Outcome(found, task.ref.extent, ())
     result = work(reading, task.options, task.folder)
     # What stands behind the last frame is damage or not yet whole: it was looked at too.
     extent = max(reading.extent, task.ref.extent if reading.problems else 0)

@@ -22,6 +22,7 @@ from sams_ebpf.errors import SamsError
 
 FACTS: Final = "facts"
 _PROBLEMS_KEPT: Final = 100
+_PATHS_KEPT: Final = 500_000
 _SETTINGS: Final = ("zone", "points_every_s")
 
 
@@ -162,7 +163,11 @@ def record(store: Store, unit: str, source: str, extent: int, result: Result) ->
         )
         if known is not None:
             _drop_unused(connection, [known.file_id])
-        state.insert_new(connection, st.paths, [{"path": path} for path in result.paths])
+        new = [path for path in result.paths if path not in state.seen_paths]
+        state.insert_new(connection, st.paths, [{"path": path} for path in new])
+    if len(state.seen_paths) > _PATHS_KEPT:
+        state.seen_paths.clear()
+    state.seen_paths.update(new)
     return True
 
 

@@ -194,6 +194,9 @@ class _Cursor:
         tag = self._octets[self.at]
         first = tag[0] if len(tag) else 0
         size: Any = _SIZE[first]
+        if maybe and first == _NIL and (tag == _NIL).all():  # as what is not measured
+            self._step(1)
+            return np.full(len(tag), NULL)
         if (tag == first).all():  # as most columns are
             start: Any = _START[first]
             shift: Any = _SHIFT[first]

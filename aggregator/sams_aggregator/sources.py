@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from sams_aggregator import sams_facts
-from sams_aggregator.batches import Whole
+from sams_aggregator.batches import Picked
 from sams_aggregator.sams_json import Folders, Found
 from sams_aggregator.work import KIND_COUNTERS, KIND_SAMS_JSON, Payload
 from sams_ebpf.errors import SamsError, UsageError
@@ -61,11 +61,11 @@ class Reading:
             self.extent = frame.end
             yield Payload(frame.kind, f"{name}, byte {frame.offset}", frame.data, frame.received_ns)
 
-    def whole(self) -> Whole | None:
+    def picked(self) -> Picked | None:
         """The segment with its directory, if it has one: few of its frames need be read."""
         segment, name = self._segment()
-        found = segment.whole()
-        return None if found is None else Whole(name, *found)
+        directory = segment.contents()
+        return None if directory is None else Picked(name, segment, directory)
 
     def _segment(self) -> tuple[Segment, str]:
         segment = Archive.open(self._ref.archive).segment(self._ref.partition, self._ref.number)

@@ -132,6 +132,8 @@ class State:
     def __init__(self, engine: sa.Engine, where: str) -> None:
         self.engine = engine
         self.where = where
+        # Paths that are known to be in `paths`, from which none is ever taken.
+        self.seen_paths: set[bytes] = set()
         self._readers = (
             engine.execution_options(readonly=True)
             if self.sqlite

@@ -222,15 +222,19 @@ def copy(connection: Any, query: str, path: Path, *, level: int = 1) -> None:  #
 _ARROW: Final = {"BIGINT": pa.int64(), "BLOB": pa.binary(), "VARCHAR": pa.string()}
 
 
+_LOOKED_UP: Final = ("job_id", "epoch", "month", "slot", "cluster", "end_ns")
+
+
 def write(columns: Mapping[str, Any], path: Path) -> None:
     """Write columns of Arrow to a Parquet file."""
     table = pa.table(dict(columns))
     pq.write_table(
         table,
         path,
-        compression="zstd",
-        compression_level=1,
+        # Twice as fast as zstd; what is merged later is made smaller then.
+        compression="lz4",
         row_group_size=ROW_GROUP,
+        write_statistics=[name for name in _LOOKED_UP if name in columns],
         # Counters hardly repeat; a dictionary of them is work for nothing.
         use_dictionary=[f.name for f in table.schema if not pa.types.is_integer(f.type)],
         store_schema=False,

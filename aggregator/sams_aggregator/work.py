@@ -9,6 +9,7 @@ supersedes are not decoded, with a directory not even looked at.
 from __future__ import annotations
 
 import gc
+import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,13 +23,15 @@ import numpy as np
 import pyarrow as pa
 
 from sams_aggregator import latest, records, sacct, sams_facts, tables
-from sams_aggregator.batches import Batches, Damaged, Whole
+from sams_aggregator.batches import Batches, DirectoryError, Picked
 from sams_aggregator.months import of_zone
 from sams_aggregator.records import Records
 from sams_aggregator.tables import Column, SetWriter, integers
 from sams_ebpf import wire
 from sams_ebpf.errors import SamsError
 from sams_receiver.archive import directory as dr
+
+log = logging.getLogger(__name__)
 
 MAX_PROBLEMS: Final = 10_000
 SECOND: Final = 1_000_000_000
@@ -114,9 +117,12 @@ class Builder:
             return False
         return True
 
-    def add_segment(self, whole: Whole) -> None:
-        """Take a segment by its directory, at most one. Raises Damaged, as `write` then does."""
-        others = self._batches.add_segment(whole, BATCH)
+    def add_segment(self, picked: Picked) -> None:
+        """Take a segment by its directory, before all else.
+
+        This and `write` then raise DirectoryError.
+        """
+        others = self._batches.add_segment(picked, BATCH)
         self.frames += self._batches.of_segment
         for kind, place, data in others:
             self.add(Payload(kind, place, data))
@@ -182,15 +188,19 @@ def work(payloads: Iterable[Payload], options: Options, folder: Path) -> Result:
         return builder.write(folder)
 
 
-def work_whole(whole: Whole, options: Options, folder: Path) -> Result | None:
+def work_picked(picked: Picked, options: Options, folder: Path) -> Result | None:
     """The same for a segment with a directory; None if only its frames can tell."""
     with _no_collector():
         builder = Builder(options)
         try:
-            builder.add_segment(whole)
+            builder.add_segment(picked)
             return builder.write(folder)
-        except Damaged:
+        except DirectoryError as error:
+            log.warning("%s: directory: %s; read without it", picked.name, error)
             return None
+        finally:
+            # Before there is a collector again that would look through all it holds.
+            del builder
 
 
 class _Rows:
@@ -217,65 +227,66 @@ class _Rows:
             self._find(columns)
 
     def _find(self, columns: dict[str, Column]) -> None:
-        order, epoch = self._in_order(columns)
-        self._say_claims(order, epoch, columns["claims"])
-        # Tables are written in the order of jobs, so that a look-up reads little of them.
-        by_job = sorted(range(len(self._keys)), key=self._by_job)
-        place = np.argsort(np.array(by_job))
-        self._keys = [self._keys[n] for n in by_job]
-        self._job_ids = [self._job_ids[n] for n in by_job]
-        self._jobs = integers(self._job_ids)
-        again = np.argsort(place[epoch], kind="stable")
-        order, epoch = order[again], place[epoch][again]
-        self._order, self._epoch = order, epoch
-        self._ordered = {name: column[order] for name, column in columns.items()}
-        counters = (self._ordered["bits"] & dr.COUNTERS) > 0
-        for at in np.flatnonzero(~counters).tolist():
-            self._say_dropped(at)
-        times = self._ordered["end_ns"]
-        self.times = [int(times.min()), int(times.max())]
-        self._count(counters)
-
-    def _by_job(self, number: int) -> tuple[bool, int, bytes]:
-        job_id = self._job_ids[number]
-        return job_id is None, job_id or 0, self._keys[number]
-
-    def _in_order(self, columns: dict[str, Column]) -> tuple[Column, Column]:
-        """Numbers of the batches, by epoch and the latest first, and the epoch of each."""
-        source, generation, sequence = (
-            columns[name] for name in ("source", "generation", "sequence")
-        )
-        # Which epoch a source is, any of its batches says; the last one is wanted anyway.
-        order = np.lexsort((sequence, generation, source))
-        ends = np.append(np.flatnonzero(latest.starts(source[order]))[1:], len(order)) - 1
+        self._ties: list[int] = columns["digest"].tolist()
+        self._arrange(columns, columns["source"])
         keys: dict[bytes, int] = {}
-        number = np.array([
-            keys.setdefault(_epoch_key(self._batches.header(last)), len(keys))
-            for last in order[ends].tolist()
-        ])  # fmt: skip
+        newest = np.flatnonzero(latest.starts(self._epoch))
+        claimed = self._claimed(columns["claims"])
+        wanted = np.concatenate([newest, claimed, *self._needed()])
+        self._batches.fetch(np.unique(self._order[wanted]))
+        number = [
+            keys.setdefault(_epoch_key(self._batches.header(at)), len(keys))
+            for at in self._order[newest].tolist()
+        ]
         self._keys = list(keys)
-        epoch = number[source]
+        if len(keys) < len(number):  # One epoch of the segment, and beside it.
+            self._arrange(columns, np.array(number)[columns["source"]])
+            claimed = self._claimed(columns["claims"])
+        self._say_claims(claimed)
+        for at in np.flatnonzero((self._sorted["bits"] & dr.COUNTERS) == 0).tolist():
+            self._say_dropped(at)
+        times = self._sorted["end_ns"]
+        self.times = [int(times.min()), int(times.max())]
+        self._count()
+
+    def _arrange(self, columns: dict[str, Column], epoch: Column) -> None:
+        """Put the batches in order: by epoch, the latest first; the same one only once."""
+        generation, sequence, tie = (columns[name] for name in ("generation", "sequence", "digest"))
         order = np.lexsort((-sequence, -generation, epoch))
         same = ~latest.starts(epoch[order], generation[order], sequence[order])
         if same.any():
-            tie = np.zeros(len(order), dtype=np.int64)
-            for at in order[same | np.append(same[1:], False)].tolist():
-                tie[at] = self._batches.tie(at)
             order = np.lexsort((-tie, -sequence, -generation, epoch))
             order = order[
                 latest.starts(epoch[order], generation[order], sequence[order], tie[order])
             ]
-        return order, epoch[order]
+        self._order, self._epoch = order, epoch[order]
+        self._sorted = {name: column[order] for name, column in columns.items()}
+        self._alive = (self._sorted["bits"] & dr.COUNTERS) > 0
+        times = self._sorted["end_ns"]
+        self._month = self._months.of_all(times)
+        self._slot = times // self._every if self._every else None
 
-    def _say_claims(self, order: Column, epoch: Column, claims: Column) -> None:
-        """Each different claims of an epoch with the last batch that made them."""
-        said = claims[order]
-        by_claims = np.lexsort((np.arange(len(order)), said, epoch))
-        firsts = np.sort(by_claims[latest.starts(epoch[by_claims], said[by_claims])])
+    def _claimed(self, claims: Column) -> Column:
+        """Places of the last batch of an epoch with each of its claims, the latest first."""
+        said = claims[self._order]
+        by_claims = np.lexsort((np.arange(len(said)), said, self._epoch))
+        firsts = by_claims[latest.starts(self._epoch[by_claims], said[by_claims])]
+        return np.sort(firsts)
+
+    def _needed(self) -> tuple[Column, Column]:
+        """Places of the batches from which `totals` and `points` are made."""
+        some = np.flatnonzero(self._alive)
+        whole = (self._sorted["bits"][some] & dr.WHOLE) > 0
+        totals = some[latest.needed(self._epoch[some], self._month[some], whole)]
+        if self._slot is None:
+            return totals, totals[:0]
+        return totals, some[latest.needed(self._epoch[some], self._slot[some], whole)]
+
+    def _say_claims(self, places: Column) -> None:
         self._job_ids = [None] * len(self._keys)
         seen: set[tuple[int, wire.Claims]] = set()
-        for at in firsts.tolist():
-            of, number = int(epoch[at]), int(order[at])
+        epochs, numbers = self._epoch[places].tolist(), self._order[places].tolist()
+        for of, number in zip(epochs, numbers, strict=True):
             header = self._batches.header(number)
             made = header.claims
             if (of, made) in seen:
@@ -284,7 +295,7 @@ class _Rows:
             if self._job_ids[of] is None:
                 self._job_ids[of] = made.job_id
             self.claims.append(
-                (self._keys[of], header.generation, header.sequence, self._batches.tie(number),
+                (self._keys[of], header.generation, header.sequence, self._ties[number],
                  *_plain_claims(made))
             )  # fmt: skip
 
@@ -295,71 +306,66 @@ class _Rows:
         if dropped is not None:
             self.dropped.append(
                 (self._keys[of], self._job_ids[of], header.generation, header.sequence,
-                 self._batches.tie(number), dropped.first_sequence, dropped.last_sequence,
+                 self._ties[number], dropped.first_sequence, dropped.last_sequence,
                  dropped.batches, dropped.bytes, dropped.reason)
             )  # fmt: skip
 
-    def _count(self, alive: Column) -> None:
+    def _count(self) -> None:
         """Rows of `points`, `totals`, `epochs`; batches that cannot be read are left out."""
-        times, whole = self._ordered["end_ns"], (self._ordered["bits"] & dr.WHOLE) > 0
-        months = self._months.of_all(times)
-        slots = times // self._every if self._every else None
         while True:
-            some = np.flatnonzero(alive)
-            totals = some[latest.needed(self._epoch[some], months[some], whole[some])]
-            points = totals[:0]
-            if slots is not None:
-                points = some[latest.needed(self._epoch[some], slots[some], whole[some])]
+            totals, points = self._needed()
             wanted = np.union1d(totals, points)
             found = self._records(wanted)
             if not found.bad:
                 break
             for at, reason in found.bad.items():
                 self._set_aside(self._batches.place(int(self._order[wanted[at]])), reason)
-            alive[wanted[list(found.bad)]] = False
+            self._alive[wanted[list(found.bad)]] = False
         self.decoded = len(found.path.codes)
-        ends = latest.starts(self._epoch[totals], months[totals])
-        for at in totals[ends].tolist():
-            self._say_epoch(at, int(months[at]))
-        kept = self._table("totals", months, totals, wanted, found)
+        self._say_epochs(totals[latest.starts(self._epoch[totals], self._month[totals])])
+        self._jobs = integers(self._job_ids)
+        kept = self._table("totals", self._month, totals, wanted, found)
         used = np.unique(found.path.codes[kept]).tolist()
         self.paths = tuple(sorted(found.path.values[code] for code in used))
-        if slots is not None:
-            self._table("points", slots, points, wanted, found)
+        if self._slot is not None:
+            self._table("points", self._slot, points, wanted, found)
 
     def _records(self, wanted: Column) -> Records:
-        numbers = self._order[wanted].tolist()
-        starts = self._ordered["records_at"][wanted]
-        areas = [
-            self._batches.data(number)[at:] if at else b""
-            for number, at in zip(numbers, starts.tolist(), strict=True)
-        ]
+        numbers = self._order[wanted]
+        starts = self._sorted["records_at"][wanted]
+        self._batches.fetch(numbers)
+        data = [*map(self._batches.data, numbers.tolist())]
         return records.decode(
-            areas,
-            self._ordered["records"][wanted],
+            [one[at:] if at else b"" for one, at in zip(data, starts.tolist(), strict=True)],
+            self._sorted["records"][wanted],
             starts > 0,
-            lambda at: wire.decode_rows(self._batches.data(numbers[at])),
+            lambda at: wire.decode_rows(data[at]),
         )
 
-    def _say_epoch(self, at: int, month: int) -> None:
-        of, number = int(self._epoch[at]), int(self._order[at])
-        header = self._batches.header(number)
-        ledger, final = header.ledger, header.final
-        assert ledger is not None  # noqa: S101 - the wire refuses counters without a ledger
-        self.epochs.append(
-            (self._keys[of], self._job_ids[of], month, header.generation, header.sequence,
-             self._batches.tie(number), header.begin_ns, header.clock_ns, header.mode,
-             header.loader, header.software, int(header.unclaimed),
-             final and final.reason, final and final.live, ledger.cgroup_cpu_ns,
-             ledger.attributed_cpu_ns, ledger.outside_cpu_ns, ledger.age_ns,
-             _json(ledger.unattributed_by), _json(ledger.lost), _json(header.processes),
-             header.executables, self._batches.origin(number))
-        )  # fmt: skip
+    def _say_epochs(self, places: Column) -> None:
+        numbers = self._order[places].tolist()
+        for of, month, number in zip(
+            self._epoch[places].tolist(), self._month[places].tolist(), numbers, strict=True
+        ):
+            header = self._batches.header(number)
+            ledger, final = header.ledger, header.final
+            assert ledger is not None  # noqa: S101 - the wire refuses counters without a ledger
+            self.epochs.append(
+                (self._keys[of], self._job_ids[of], month, header.generation, header.sequence,
+                 self._ties[number], header.begin_ns, header.clock_ns, header.mode,
+                 header.loader, header.software, int(header.unclaimed),
+                 final and final.reason, final and final.live, ledger.cgroup_cpu_ns,
+                 ledger.attributed_cpu_ns, ledger.outside_cpu_ns, ledger.age_ns,
+                 _json(ledger.unattributed_by), _json(ledger.lost), _json(header.processes),
+                 header.executables, self._batches.origin(number))
+            )  # fmt: skip
 
     def _table(
         self, table: str, interval: Column, chosen: Column, wanted: Column, found: Records
     ) -> Column:
         """Make the columns of a table of counters; returns which of the records are in it."""
+        # In the order of jobs, so that a look-up reads little of it.
+        chosen = chosen[np.argsort(self._jobs[self._epoch[chosen]], kind="stable")]
         place = np.searchsorted(wanted, chosen)
         counts = np.diff(found.first)[place]
         rows = records.ranges(found.first[place], counts)
@@ -371,7 +377,6 @@ class _Rows:
         first = latest.first_of_each((of[batch], found.path.codes[rows], flags))
         if first is not None:
             rows, batch = rows[first], batch[first]
-        ties = [self._batches.tie(number) for number in self._order[chosen].tolist()]
         at = chosen[batch]
         epoch = self._epoch[at]
         columns: dict[str, Any] = {
@@ -380,9 +385,9 @@ class _Rows:
             ),
             "job_id": tables.whole_numbers(self._jobs[epoch]),
             INTERVAL[table]: pa.array(interval[at]),
-            **{key: pa.array(self._ordered[key][at]) for key in ("generation", "sequence")},
-            "tie": pa.array(np.array(ties, dtype=np.int64)[batch]),
-            "end_ns": pa.array(self._ordered["end_ns"][at]),
+            **{key: pa.array(self._sorted[key][at]) for key in ("generation", "sequence")},
+            "tie": pa.array(self._sorted["digest"][at]),
+            "end_ns": pa.array(self._sorted["end_ns"][at]),
             "path": found.path.array(rows),
             "script": found.script.array(rows),
             **{
@@ -407,8 +412,11 @@ class _Rows:
 _plain_claims: Final = operator.attrgetter(*tables.CLAIMS)
 
 
+_encoder: Final = msgspec.json.Encoder(order="sorted")
+
+
 def _json(value: Any) -> str | None:  # noqa: ANN401
-    return msgspec.json.encode(value, order="sorted").decode() if value else None
+    return _encoder.encode(value).decode() if value else None
 
 
 @contextmanager

@@ -28,10 +28,12 @@ WHOLE: Final = 4  # full, and with as many records as the epoch has executables
 # One array of each, in this order, with a value for each frame in the order of the segment.
 # gap: bytes that belong to no frame in front of it. source: number of its cluster, node
 # and epoch; claims: number of its claims; both count from 0 in this segment. records_at:
-# where in the payload the first record starts, 0 where that is not told.
+# where in the payload the first record starts, 0 where that is not told; digest: content
+# digest of the payload, as in the index.
 COLUMNS: Final = {
     "gap": "I", "length": "I", "kind": "B", "bits": "B", "source": "I", "claims": "I",
     "generation": "Q", "sequence": "Q", "end_ns": "Q", "records": "I", "records_at": "I",
+    "digest": "Q",
 }  # fmt: skip
 _ROW_BYTES: Final = struct.calcsize("<" + "".join(COLUMNS.values()))
 # `records_at` is told for records with these columns, and no others.
@@ -50,18 +52,29 @@ class DirectoryBuilder:
         self._claims: dict[wire.Claims, int] = {}
         self._end = fmt.DATA_START
 
-    def add_frame(self, frame: fmt.Frame, outline: wire.Outline | None) -> None:
+    def add_frame(self, frame: fmt.Frame, outline: wire.Outline | None, digest: bytes) -> None:
         """Take a frame; without an outline it is one that cannot be read as a batch."""
-        self.add(frame.kind, len(frame.data), outline, gap=frame.offset - self._end)
+        gap = frame.offset - self._end
         self._end = frame.end
+        if outline is not None:
+            self.add(len(frame.data), outline, digest, kind=frame.kind, gap=gap)
+            return
+        row = dict.fromkeys(COLUMNS, 0) | {
+            "gap": gap, "length": len(frame.data), "kind": frame.kind
+        }  # fmt: skip
+        for name, column in self.columns.items():
+            column.append(row[name])
 
-    def add(self, kind: int, length: int, outline: wire.Outline | None, *, gap: int = 0) -> None:
-        """Take what is no frame of a segment."""
-        row = (0,) * 8 if outline is None else self._row(outline)
-        for column, value in zip(self.columns.values(), (gap, length, kind, *row), strict=True):
-            column.append(value)
-
-    def _row(self, outline: wire.Outline) -> tuple[int, ...]:
+    def add(
+        self,
+        length: int,
+        outline: wire.Outline,
+        digest: bytes,
+        *,
+        kind: int = fmt.Kind.COUNTERS,
+        gap: int = 0,
+    ) -> None:
+        """Take a batch of so many bytes with this content digest."""
         header, records, at = outline
         claims = header.claims
         bits = BATCH
@@ -70,7 +83,10 @@ class DirectoryBuilder:
         if header.full and header.executables == records:
             bits |= WHOLE
         source = (claims.cluster, claims.node, header.epoch)
-        return (
+        row = (
+            gap,
+            length,
+            kind,
             bits,
             self._sources.setdefault(source, len(self._sources)),
             self._claims.setdefault(claims, len(self._claims)),
@@ -79,7 +95,10 @@ class DirectoryBuilder:
             header.clock_ns,
             records,
             at,
+            int.from_bytes(digest, "little"),
         )
+        for column, value in zip(self.columns.values(), row, strict=True):
+            column.append(value)
 
     def pack(self) -> bytes:
         """The skippable zstd frame in front of that of the index."""

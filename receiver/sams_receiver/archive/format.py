@@ -173,14 +173,6 @@ def parse_frame(data: Buffer, at: int, marker: bytes, base: int = 0) -> Frame | 
     return Frame(kind, flags, received_ns, base + at, base + end + _CHECK.size, payload)
 
 
-def intact(data: memoryview, at: int, length: int) -> bool:
-    """Whether the payload of `length` bytes of the frame at `at` has its right checksum."""
-    body = at + FRAME_HEAD
-    (check,) = _CHECK.unpack_from(data, body - _CHECK.size)
-    (wanted,) = _CHECK.unpack_from(data, body + length)
-    return checksum(data[body : body + length], check) == int(wanted)
-
-
 def needs(data: Buffer, at: int, marker: bytes) -> int:
     """How many bytes from `at` the frame that starts there takes; 0 if none starts there."""
     if at + FRAME_HEAD > len(data):
@@ -496,11 +488,17 @@ def compress(parts: Sequence[bytes]) -> bytes:
         options={
             zstd.CompressionParameter.compression_level: COMPRESSION_LEVEL,
             zstd.CompressionParameter.window_log: 21,
+            zstd.CompressionParameter.checksum_flag: 1,
         }
     )
     out = [compressor.compress(part) for part in parts]
     out.append(compressor.flush())
     return b"".join(out)
+
+
+def self_checking(data: Buffer) -> bool:
+    """Whether a zstd frame has a checksum of what it holds, which decompressing compares."""
+    return len(data) > 4 and bool(data[4] & 4)
 
 
 def decompress(data: Buffer, limit: int) -> bytes:

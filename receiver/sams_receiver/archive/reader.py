@@ -196,22 +196,37 @@ class Segment:
                 file.seek(block.offset)
                 yield fmt.decompress(file.read(block.length), block.raw_length)
 
-    def whole(self) -> tuple[bytes, Directory] | None:
-        """The raw form of a sealed segment and its directory, to pick frames by.
+    def contents(self) -> Directory | None:
+        """Directory of a sealed segment of which each block can be read alone, with `block`.
 
-        None for a segment that is live, damaged, or has no directory: read its frames. A
-        frame that is picked has to be checked, `fmt.intact`. Raises ArchiveError for a
-        segment that is not of this archive.
+        None for a segment that is live, was damaged when it was sealed, or has no
+        directory: read its frames. Raises ArchiveError for one that is not of this archive.
         """
         found = self.directory() if self.sealed else None
-        if found is None:
+        if found is None or not found.covers(self.index().raw_length):
             return None
         try:
-            data = b"".join(self.raw_bytes())
+            self._check(self.block(0)[: fmt.DATA_START])
         except fmt.FormatError:
             return None
-        self._check(data)
-        return (data, found) if found.covers(len(data)) else None
+        return found
+
+    def block(self, number: int) -> bytes:
+        """One block of the raw form, its frames as they were. Raises fmt.FormatError.
+
+        It has been compared with its checksum, so those of its frames need not be.
+        """
+        if not self.index().blocks:
+            raise fmt.FormatError("segment without blocks")
+        block = self.index().blocks[number]
+        with self._open(self.sealed_path) as file:
+            packed = os.pread(file.fileno(), block.length, block.offset)
+        if not fmt.self_checking(packed):
+            raise fmt.FormatError("block without a checksum")
+        data = fmt.decompress(packed, block.raw_length)
+        if len(data) != block.raw_length:
+            raise fmt.FormatError("block is shorter than its index says")
+        return data
 
     def _raw_items(self, fd: int, from_offset: int) -> Iterator[fmt.Frame | fmt.Damage]:
         size = os.fstat(fd).st_size

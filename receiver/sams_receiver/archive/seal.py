@@ -86,7 +86,7 @@ def _write(raw_path: Path, out: int) -> None:
                 if isinstance(item, fmt.Frame):
                     tag, outline = fmt.describe(item)
                     builder.add(item, tag)
-                    directory.add_frame(item, outline)
+                    directory.add_frame(item, outline, b"" if tag is None else tag.digest)
                 yield item
 
         offset = 0

@@ -96,7 +96,7 @@ def _software(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     update.add_argument("--dry-run", action="store_true", help="only show what would change")
     update.add_argument("--all", action="store_true", help="show every path that changes")
-    show = _rules_action(actions, "show", "show paths and their software")
+    show = _action(actions, "show", "show paths, their software and what they weigh")
     show.add_argument("--json", action="store_true", help="as JSON")
     _rules_action(actions, "undetermined", "show the paths that no rule matches")
     reset = _rules_action(actions, "reset", "forget the software of some paths, map them anew")
@@ -104,6 +104,10 @@ def _software(commands: Commands[argparse.ArgumentParser]) -> None:
     for action in (show, reset):
         action.add_argument("--path", metavar="GLOB", help="only paths like this; * includes /")
         action.add_argument("--software", metavar="GLOB", help="only software of such a name")
+    versions = _action(actions, "versions", "show which rules were in force since when")
+    versions.add_argument(
+        "version", nargs="?", metavar="VERSION", help="(the beginning of) one: print its rules"
+    )
     test = _rules_action(actions, "test", "show what the rules make of given paths, and why")
     test.add_argument("paths", nargs="+", metavar="PATH")
 
@@ -111,11 +115,18 @@ def _software(commands: Commands[argparse.ArgumentParser]) -> None:
 def _rules_action(
     actions: Commands[argparse.ArgumentParser], name: str, text: str
 ) -> argparse.ArgumentParser:
-    action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    config.add_options(action)
+    action = _action(actions, name, text)
     action.add_argument(
         "--rules", type=Path, metavar="FILE", help="rules in this file, not the configured ones"
     )
+    return action
+
+
+def _action(
+    actions: Commands[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    config.add_options(action)
     action.set_defaults(handler=later("sams_aggregator.software", f"{name}_command"))
     return action
 

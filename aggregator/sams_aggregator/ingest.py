@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from sams_aggregator import compact, manifest, pool, sacct, sources
+from sams_aggregator import compact, manifest, own_archive, pool, sacct, sources
 from sams_aggregator import config as cfg
 from sams_aggregator import state as st
 from sams_aggregator.manifest import Store
@@ -17,11 +17,10 @@ from sams_aggregator.progress import bar
 from sams_aggregator.sources import SegmentRef, Source
 from sams_aggregator.work import Builder, Options, Payload, Result, work
 from sams_ebpf.errors import PartialError, SamsError, UsageError
-from sams_receiver.archive import Appender, Item, Kind
+from sams_receiver.archive import Item, Kind
 
 log = logging.getLogger(__name__)
 
-OWN_ARCHIVE: Final = "archive"
 SECOND: Final = 1_000_000_000
 
 
@@ -92,7 +91,7 @@ def command(arguments: argparse.Namespace) -> int:
         store = Store(state, config.aggregator.data)
         archives, folders = chosen(arguments, config)
         archive_sacct(config, arguments.sacct, ask=arguments.sacct_command)
-        own = store.data / OWN_ARCHIVE
+        own = store.data / own_archive.FOLDER
         if own.exists():
             archives.append(own)
         tally = Tally()
@@ -153,11 +152,14 @@ def archive_sacct(config: cfg.Config, files: Iterable[Path], *, ask: bool) -> No
         )
     if not outputs:
         return
-    with Appender.open(config.aggregator.data / OWN_ARCHIVE, partitions=1) as appender:
-        for output, read_ns in outputs:
-            for payload in sacct.payloads(output, config.site.cluster, read_ns):
-                appender.append([Item(Kind.SACCT, payload)])
-        appender.seal()
+    own_archive.append(
+        config.aggregator.data,
+        (
+            Item(Kind.SACCT, payload)
+            for output, read_ns in outputs
+            for payload in sacct.payloads(output, config.site.cluster, read_ns)
+        ),
+    )
 
 
 def ingest_archives(

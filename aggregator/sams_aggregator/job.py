@@ -223,7 +223,8 @@ def _report(run: dict[str, Any]) -> Report:
     ledger = run["ledger"]
     rows = [
         {
-            "path": one["path"] + (f" [{','.join(one['flags'])}]" if one["flags"] else ""),
+            "path": (one["path"] or "(none)")
+            + (f" [{','.join(one['flags'])}]" if one["flags"] else ""),
             "cpu": seconds(one["cpu_ns"]),
             "user": seconds(one["user_ns"]),
             "system": seconds(one["system_ns"]),

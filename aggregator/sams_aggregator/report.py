@@ -31,9 +31,10 @@ KINDS: Final = (
 SPECIAL: Final = KINDS[1:]
 
 _KEYS: Final = {
-    "software": "CASE WHEN a.class = 'path' THEN s.software END",
-    "version": "CASE WHEN a.class = 'path' THEN s.version END",
-    "local_version": "CASE WHEN a.class = 'path' THEN s.local_version END",
+    **{
+        name: f"CASE WHEN a.class = 'path' THEN filled(s.{name}, r.\"user\", r.project) END"
+        for name in ("software", "version", "local_version")
+    },
     "user": 'r."user"',
     "project": "r.project",
     "partition": 'r."partition"',
@@ -78,7 +79,7 @@ def command(arguments: argparse.Namespace) -> int:
         if arguments.job is not None:
             return job.command(store, site, arguments, form)
         made = accounts.current(store, site)
-        names = names_of(state, config, arguments)
+        names = names_of(store, config, arguments)
         chosen = Filter(
             arguments.cluster,
             None if arguments.since is None else months.parse(arguments.since),
@@ -100,13 +101,13 @@ def site_of(config: cfg.Config) -> accounts.Site:
 
 
 def names_of(
-    state: st.State, config: cfg.Config, arguments: argparse.Namespace
+    store: Store, config: cfg.Config, arguments: argparse.Namespace
 ) -> dict[bytes, Software | None]:
     """Software of each path under today's rules; paths that are new to them are mapped now."""
     where = arguments.config or (cfg.DEFAULT_FILE if cfg.DEFAULT_FILE.exists() else None)
     rules = software.load_rules(config, where)
-    software.update(state, rules)
-    return dict(software.mapping(state, rules.version))
+    software.put_in_force(store, rules)
+    return dict(software.mapping(store.state, rules.version))
 
 
 def main_report(
@@ -238,6 +239,8 @@ def open_accounts(
     every = accounts.paths_of(connection, made)
     with tables.loaded(_SOFT, _softs(every, names)) as source:
         connection.execute(f"CREATE TEMP TABLE soft AS FROM {source}")
+    to_fill = any(found is not None and "%" in "".join(found[:3]) for found in names.values())
+    connection.execute(f"CREATE TEMP MACRO filled(name, u, p) AS {_FILLED if to_fill else 'name'}")
     if upstream:
         connection.execute(_UPSTREAM.format(source=made.source("account")))
     else:
@@ -245,6 +248,13 @@ def open_accounts(
     return connection
 
 
+# As `sams_xml.fill`: `%(user)s` and `%(project)s` are the run's own.
+_FILLED: Final = r"""
+    array_to_string(list_transform(
+        regexp_extract_all(name, '%%|%\((?:user|project)\)s|%|[^%]+'),
+        lambda part: CASE part WHEN '%%' THEN '%' WHEN '%(user)s' THEN coalesce(u, 'None')
+            WHEN '%(project)s' THEN coalesce(p, 'None') ELSE part END), '')
+"""
 _SOFT: Final = {
     "path_id": "BIGINT", "kind": "VARCHAR", "software": "VARCHAR", "version": "VARCHAR",
     "local_version": "VARCHAR",

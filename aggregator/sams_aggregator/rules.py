@@ -172,6 +172,28 @@ class Rules:
             line_of=lambda keys: line_of(path, keys),
         )
 
+    def document(self) -> dict[str, Any]:
+        """Plain data of which `from_config` makes the same rules; ready-made ones stand in it."""
+        return {
+            "rules": [
+                {
+                    "match": rule.pattern,
+                    **dict(zip(FIELDS, rule.templates, strict=True)),
+                    "user_provided": rule.user_provided,
+                    "ignore": rule.ignore,
+                }
+                for rule in self.rules
+            ],
+            "rewrite": [
+                {
+                    "match": {name: regex.pattern for name, regex in rewrite.match},
+                    "update": dict(rewrite.update),
+                }
+                for rewrite in self.rewrites
+            ],
+            "stop_on_rewrite_match": self.stop_on_rewrite_match,
+        }
+
     def map(self, path: bytes) -> Software | None:
         """Give the software of one path; None if no rule matches."""
         return self.map_many([path])[0]

@@ -12,20 +12,24 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import sqlalchemy as sa
+import yaml
 
 from sams_aggregator import config as cfg
+from sams_aggregator import own_archive, show, usage
 from sams_aggregator import rules as rules_module
 from sams_aggregator import state as st
 from sams_aggregator.globs import compile_glob
+from sams_aggregator.manifest import Store
 from sams_aggregator.rules import Rules, Software
 from sams_ebpf import paths, settings
 from sams_ebpf.errors import PartialError, UsageError
+from sams_receiver.archive import Item, Kind
 
 KEPT_VERSIONS: Final = 5
 _CHUNK: Final = 20_000
@@ -112,6 +116,29 @@ def load_rules(config: cfg.Config, where: Path | None, file: Path | None = None)
 # ------------------------------------------------------------------ the mapping in the state
 
 
+def put_in_force(store: Store, rules: Rules) -> Outcome:
+    """Update the mapping; rules that are others than those in force so far are archived first."""
+    if current(store.state) != rules.version:
+        entry = json.dumps({"version": rules.version, **rules.document()}, sort_keys=True)
+        own_archive.append(store.data, [Item(Kind.RULES, entry.encode())])
+    return update(store.state, rules)
+
+
+class Version(NamedTuple):
+    """Rules that were put in force at a moment (ns since 1970)."""
+
+    since_ns: int
+    version: str
+    document: dict[str, Any]
+
+
+def history(data: Path) -> Iterator[Version]:
+    """Which rules were in force since when, oldest first, as archived."""
+    for frame in own_archive.frames(data, Kind.RULES):
+        document = json.loads(frame.data)
+        yield Version(frame.received_ns, document.pop("version"), document)
+
+
 def update(state: st.State, rules: Rules) -> Outcome:
     """Map every path that this version of the rules has not seen; then it is the current one.
 
@@ -122,7 +149,7 @@ def update(state: st.State, rules: Rules) -> Outcome:
     todo = _unmapped(state, rules.version)
     for start in range(0, len(todo), _CHUNK):
         chunk = todo[start : start + _CHUNK]
-        results = rules.map_many(chunk, lambda path, rule: late.append((path, rule)))
+        results = map_paths(rules, chunk, lambda path, rule: late.append((path, rule)))
         rows = [
             _row(rules.version, path, software)
             for path, software in zip(chunk, results, strict=True)
@@ -133,6 +160,14 @@ def update(state: st.State, rules: Rules) -> Outcome:
         mapped += len(chunk)
     _make_current(state, rules.version)
     return Outcome(mapped, undetermined, late)
+
+
+def map_paths(
+    rules: Rules, every: Sequence[bytes], on_timeout: Callable[[bytes, int], None] | None = None
+) -> list[Software | None]:
+    """As `Rules.map_many`, but no rule names what has no path: the overflow row, say."""
+    found = rules.map_many(every, on_timeout)
+    return [one if path else None for path, one in zip(every, found, strict=True)]
 
 
 def current(state: st.State) -> str | None:
@@ -169,7 +204,7 @@ def changes(state: st.State, rules: Rules) -> list[Change]:
     """What an update with these rules would change against the current mapping."""
     before = dict(mapping(state, current(state)))
     every = list(_all_paths(state))
-    after = rules.map_many(every)
+    after = map_paths(rules, every)
     return [
         Change(path, before.get(path), software)
         for path, software in zip(every, after, strict=True)
@@ -250,12 +285,12 @@ def update_command(arguments: argparse.Namespace) -> int:
             print(f"note: {text}", file=sys.stderr)
         found = changes(state, rules)
         _print_changes(found, everything=arguments.all)
-        for finding in rules.audit(_all_paths(state)):
+        for finding in rules.audit(filter(None, _all_paths(state))):
             print(f"note: {finding.text}")
         if arguments.dry_run:
             print(f"{len(found)} paths would change; nothing was written (--dry-run)")
             return 0
-        outcome = update(state, rules)
+        outcome = put_in_force(Store(state, config.aggregator.data), rules)
     finally:
         state.close()
     print(
@@ -266,11 +301,45 @@ def update_command(arguments: argparse.Namespace) -> int:
 
 
 def show_command(arguments: argparse.Namespace) -> int:
-    """`software show`."""
-    with_state = _Chosen(arguments)
-    rows = with_state.rows()
-    with_state.close()
-    _print_rows(rows, as_json=arguments.json)
+    """`software show`: the mapping in force, the heaviest paths first."""
+    chosen = _Chosen(arguments)
+    try:
+        rows = chosen.rows()
+        weights = usage.weights(chosen.store, chosen.config)
+        version = load_rules(chosen.config, config_file(arguments)).version
+        late = len(_unmapped(chosen.state, version))
+    finally:
+        chosen.close()
+    if late:
+        print(f"note: {late} paths are not mapped by today's rules: `software update` maps them",
+              file=sys.stderr)  # fmt: skip
+    rows.sort(key=lambda row: (*[-n for n in weights.get(row[0], usage.NOTHING)], row[0]))
+    if arguments.json:
+        print(json.dumps([_plain(*row, weights.get(row[0], usage.NOTHING)) for row in rows],
+                         indent=1))  # fmt: skip
+        return 0
+    for path, software in rows:
+        _print_row(path, software)
+        for name, value in _amounts(weights.get(path, usage.NOTHING)):
+            print(f"\t{name:<13}: {value}")
+    return 0
+
+
+def versions_command(arguments: argparse.Namespace) -> int:
+    """`software versions`: which rules were in force since when, or one version as YAML."""
+    config = cfg.load(arguments)
+    found = list(history(config.aggregator.data))
+    if arguments.version is None:
+        for one in found:
+            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(one.since_ns // 10**9))
+            print(f"{since}  {one.version}  {len(one.document['rules'])} rules")
+        return 0
+    named = {one.version: one for one in found if one.version.startswith(arguments.version)}
+    if len(named) != 1:
+        what = "several versions begin so" if named else "no such version was in force"
+        raise UsageError(f"software versions {arguments.version}: {what}; see `software versions`")
+    (one,) = named.values()
+    print(yaml.safe_dump(one.document, sort_keys=False, allow_unicode=True), end="")
     return 0
 
 
@@ -280,7 +349,7 @@ def undetermined_command(arguments: argparse.Namespace) -> int:
     rules = load_rules(config, config_file(arguments), arguments.rules)
     state = st.open_state(config.aggregator)
     try:
-        every = list(_all_paths(state))
+        every = [path for path in _all_paths(state) if path]
         for path, software in zip(every, rules.map_many(every), strict=True):
             if software is None:
                 print(paths.show(path))
@@ -296,13 +365,14 @@ def reset_command(arguments: argparse.Namespace) -> int:
     chosen = _Chosen(arguments)
     try:
         rows = chosen.rows()
-        _print_rows(rows, as_json=False)
+        for row in rows:
+            _print_row(*row)
         if arguments.dry_run:
             print(f"{len(rows)} paths would be mapped anew; nothing was written (--dry-run)")
             return 0
         rules = load_rules(chosen.config, config_file(arguments), arguments.rules)
         forget(chosen.state, rules.version, [path for path, _ in rows])
-        outcome = update(chosen.state, rules)
+        outcome = put_in_force(chosen.store, rules)
     finally:
         chosen.close()
     print(f"{outcome.mapped} paths mapped, {outcome.undetermined} of them undetermined")
@@ -342,6 +412,7 @@ class _Chosen:
             self._software = compile_glob(arguments.software)
         self.config = cfg.load(arguments)
         self.state = st.open_state(self.config.aggregator)
+        self.store = Store(self.state, self.config.aggregator.data)
 
     def rows(self) -> list[tuple[bytes, Software | None]]:
         version = current(self.state)
@@ -392,24 +463,26 @@ def _label(software: Software | None) -> str:
     return _safe(f"{text} ({', '.join(marks)})" if marks else text)
 
 
-def _print_rows(rows: Iterable[tuple[bytes, Software | None]], *, as_json: bool) -> None:
-    if as_json:
-        shown = [
-            {
-                "path": paths.show(path),
-                **({"software": None} if software is None else software._asdict()),
-            }
-            for path, software in rows
-        ]
-        print(json.dumps(shown, indent=1))
+def _plain(path: bytes, software: Software | None, weight: usage.Weight) -> dict[str, Any]:
+    named = {"software": None} if software is None else software._asdict()
+    return {"path": paths.show(path), **named, **weight._asdict()}
+
+
+def _amounts(weight: usage.Weight) -> list[tuple[str, str]]:
+    return [
+        ("Core-hours", show.hours(weight.core_us, 3600 * 10**6)),
+        ("CPU-hours", show.hours(weight.cpu_ns, 3600 * 10**9)),
+        ("Job runs", str(weight.runs)),
+    ]
+
+
+def _print_row(path: bytes, software: Software | None) -> None:
+    print(f"Path: {paths.show(path)}")
+    if software is None:
+        print("\tSoftware is not determined")
         return
-    for path, software in rows:
-        print(f"Path: {paths.show(path)}")
-        if software is None:
-            print("\tSoftware is not determined")
-            continue
-        for name, value in _fields(software):
-            print(f"\t{name:<13}: {_safe(value)}")
+    for name, value in _fields(software):
+        print(f"\t{name:<13}: {_safe(value)}")
 
 
 def _print_changes(found: Sequence[Change], *, everything: bool) -> None:

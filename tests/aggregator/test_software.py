@@ -456,24 +456,42 @@ def test_runs_that_may_still_change_wait(site: Site) -> None:
 
 
 def test_killed_at_any_moment_the_same_comes_out(site: Site) -> None:
+    extract_with_kills(site, kills=4, jobs=30, seed=4)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_extract_killed_thirty_times(site: Site) -> None:
+    extract_with_kills(site, kills=30, jobs=300, seed=5)
+
+
+def extract_with_kills(site: Site, kills: int, jobs: int, seed: int) -> None:
+    """Kill extracts at random points: every file stays as it was first seen, none comes twice."""
     site.document["aggregator"]["extract"]["jobs_per_file"] = 3
     site.save()
-    put(site, *(report(n) for n in range(1, 31)))
-    chance = random.Random(4)
+    put(site, *(report(n) for n in range(1, jobs + 1)))
+    chance = random.Random(seed)
     seen: dict[str, bytes] = {}
-    for _ in range(4):
+    hit = 0
+    while hit < kills:
         worker = subprocess.Popen(
             site.command("extract"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         )  # fmt: skip
         with worker:
-            began = time.monotonic()
-            count = chance.randint(1, 4) if not seen else len(seen) + chance.randint(0, 3)
-            while worker.poll() is None and time.monotonic() - began < 60:
+            until = time.monotonic() + 60
+            if hit % 3 == 2:
+                # At any time, before the first file of this call too.
+                until = time.monotonic() + chance.uniform(0, 2)
+            count = len(seen) + chance.randint(1, 4)
+            while worker.poll() is None and time.monotonic() < until:
                 if site.out.exists() and len(list(site.out.glob("*.xml"))) >= count:
                     break
                 time.sleep(0.001)
+            if worker.poll() is not None:
+                pytest.fail("it had written all before it could be killed: more jobs are needed")
             worker.send_signal(signal.SIGKILL)
+            hit += 1
         found = {path.name: path.read_bytes() for path in site.out.glob("*.xml")}
         assert {name: found[name] for name in seen} == seen
         seen = found
@@ -481,6 +499,6 @@ def test_killed_at_any_moment_the_same_comes_out(site: Site) -> None:
     found = {path.name: path.read_bytes() for path in site.out.glob("*.xml")}
     assert {name: found[name] for name in seen} == seen
     records = b"".join(found.values())
-    assert records.count(b"<sa:JobRecordID>") == 30
-    assert len(site.records()) == 30
+    assert records.count(b"<sa:JobRecordID>") == jobs
+    assert len(site.records()) == jobs
     assert "0 files written: 0 new records, 0 changed" in site.run("extract").err

@@ -44,7 +44,7 @@ def command(arguments: argparse.Namespace) -> int:
                 f"{data}: holds facts already: rebuild them with --replace, or give another --data"
             )
         archives, folders = ingest.chosen(arguments, config)
-        ingest.archive_sacct(config, arguments.sacct, ask=False)
+        ingest.archive_sacct(config, arguments.sacct)
         own = data / own_archive.FOLDER
         if own.exists():
             archives.append(own)

@@ -285,8 +285,11 @@ def update_command(arguments: argparse.Namespace) -> int:
             print(f"note: {text}", file=sys.stderr)
         found = changes(state, rules)
         _print_changes(found, everything=arguments.all)
-        for finding in rules.audit(filter(None, _all_paths(state))):
-            print(f"note: {finding.text}")
+        every = [path for path in _all_paths(state) if path]
+        for finding in rules.audit(every) if every else ():
+            # Of those that come with the package most match nothing at any one site.
+            if finding.rule <= rules.own:
+                print(f"note: {finding.text}")
         if arguments.dry_run:
             print(f"{len(found)} paths would change; nothing was written (--dry-run)")
             return 0

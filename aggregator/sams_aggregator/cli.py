@@ -128,7 +128,7 @@ def _action(
 ) -> argparse.ArgumentParser:
     action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     config.add_options(action)
-    action.set_defaults(handler=later("sams_aggregator.software", f"{name}_command"))
+    action.set_defaults(handler=later("sams_aggregator.software_commands", f"{name}_command"))
     return action
 
 

@@ -129,9 +129,14 @@ class Version(NamedTuple):
 
 def history(data: Path) -> Iterator[Version]:
     """Which rules were in force since when, oldest first, as archived."""
+    before = None
     for frame in own_archive.frames(data, Kind.RULES):
         document = json.loads(frame.data)
-        yield Version(frame.received_ns, document.pop("version"), document)
+        version = document.pop("version")
+        # A new state, or two commands at once, may have told it again.
+        if version != before:
+            yield Version(frame.received_ns, version, document)
+        before = version
 
 
 def update(state: st.State, rules: Rules) -> Outcome:

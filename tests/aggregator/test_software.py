@@ -216,6 +216,8 @@ def test_every_version_of_the_rules_is_archived(site: Site, tmp_path: Path) -> N
     # What was in force can be had again, though the state is lost.
     for name in ("state.sqlite", "state.sqlite-wal", "state.sqlite-shm"):
         (site.folder / "data" / name).unlink(missing_ok=True)
+    site.run("report")
+    assert site.run("software", "versions").out.splitlines() == lines
     version = lines[0].split("  ")[1]
     again = tmp_path / "again.yaml"
     again.write_text(site.run("software", "versions", version[:8]).out)

@@ -275,10 +275,10 @@ def open_accounts(
 
 # As `sams_xml.fill`: `%(user)s` and `%(project)s` are the run's own.
 _FILLED: Final = r"""
-    array_to_string(list_transform(
+    CASE WHEN contains(name, '%') THEN array_to_string(list_transform(
         regexp_extract_all(name, '%%|%\((?:user|project)\)s|%|[^%]+'),
         lambda part: CASE part WHEN '%%' THEN '%' WHEN '%(user)s' THEN coalesce(u, 'None')
-            WHEN '%(project)s' THEN coalesce(p, 'None') ELSE part END), '')
+            WHEN '%(project)s' THEN coalesce(p, 'None') ELSE part END), '') ELSE name END
 """
 _SOFT: Final = {
     "path_id": "BIGINT", "kind": "VARCHAR", "software": "VARCHAR", "version": "VARCHAR",

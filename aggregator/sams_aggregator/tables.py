@@ -17,7 +17,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Self, cast
 
 import duckdb
 import msgspec
@@ -164,7 +164,10 @@ def loaded(
 
 
 class SetWriter:
-    """Writes one set; nothing of it can be seen before `finish`."""
+    """Writes one set; nothing of it can be seen before `finish`.
+
+    As a context: what was not finished at its end is taken away.
+    """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self._folder = folder
@@ -172,6 +175,12 @@ class SetWriter:
         self.temporary = folder / f"{TEMPORARY}{secrets.token_hex(12)}"
         self.temporary.mkdir(mode=0o750)
         self.tables: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.abandon()
 
     def path(self, table: str) -> Path:
         """Where a table is to be written, for those who write it themselves."""

@@ -75,6 +75,15 @@ def test_any_split_order_repetition_and_compaction_says_the_same(
             assert facts.everything(store, SITE) == whole
 
 
+def test_what_is_compared_holds_records_and_jobs(tmp_path: Path) -> None:
+    batches, output = history(9)
+    with facts.opened(tmp_path) as store:
+        facts.add(store, "all", facts.payloads(batches), OPTIONS)
+        facts.add(store, "sacct", facts.sacct_payloads(output, BEGIN), OPTIONS)
+        said = facts.everything(store, SITE)
+    assert said["xml"].count(b"<sa:JobRecordID>") == len(said["jobs in detail"]) == 4
+
+
 def test_epochs_add_up_and_values_within_an_epoch_do_not(tmp_path: Path) -> None:
     chance = random.Random(1)
     row = synthetic.Row(1, BEGIN, BEGIN + 600, 600, 8, "n1", 1)

@@ -133,15 +133,11 @@ class Builder:
         times = [job.start_ns for job in self._jobs] + rows.times
         name, found, size = None, [], 0
         if rows.epochs or rows.dropped or self._jobs:
-            writer = SetWriter(folder)
-            try:
+            with SetWriter(folder) as writer:
                 rows.write(writer)
                 if self._jobs:
                     tables.write_rows("jobs", self._jobs, writer.path("jobs"))
                 size = writer.finish()
-            except BaseException:
-                writer.abandon()
-                raise
             name, found = writer.name, writer.tables
         return Result(
             name,

@@ -501,6 +501,11 @@ def self_checking(data: Buffer) -> bool:
     return len(data) > 4 and bool(data[4] & 4)
 
 
+def _unchecked(data: Buffer) -> bytes:
+    """The same zstd frame as if it had no checksum; that stays behind it."""
+    return b"".join((data[:4], bytes([data[4] & ~4]), data[5:]))
+
+
 def decompress(data: Buffer, limit: int) -> bytes:
     """Decompress what one zstd frame holds. Raises FormatError for damage or more than limit."""
     decompressor = _decompressor()
@@ -517,8 +522,13 @@ def decompress(data: Buffer, limit: int) -> bytes:
 
 
 def salvage(data: Buffer, limit: int) -> tuple[bytes, str | None]:
-    """Decompress as far as it goes, at most limit bytes; what stopped it, if anything."""
+    """Decompress as far as it goes, at most limit bytes; what stopped it, if anything.
+
+    Without comparing the checksum of all: each frame of the segment has its own.
+    """
     decompressor = _decompressor()
+    if self_checking(data):
+        data = _unchecked(data)[: -_CHECK.size]
     out: list[bytes] = []
     size = 0
     feed: Buffer = data
@@ -553,7 +563,8 @@ def walk(data: Buffer, limit: int) -> Iterator[bytes]:
         if int.from_bytes(rest[:4], "little") == _SKIPPABLE:
             return
         decompressor = _decompressor()
-        feed = rest
+        behind = _CHECK.size if self_checking(rest) else 0
+        feed = _unchecked(rest) if behind else rest
         try:
             while not decompressor.eof:
                 part = decompressor.decompress(feed, max_length=1 << 20)
@@ -564,7 +575,7 @@ def walk(data: Buffer, limit: int) -> Iterator[bytes]:
                 yield part
         except zstd.ZstdError:
             return
-        rest = decompressor.unused_data
+        rest = decompressor.unused_data[behind:]
 
 
 def join_blocks(frames: Iterable[Frame | Damage], start: int) -> Iterator[tuple[int, int]]:

@@ -87,6 +87,9 @@ def merge(sets: Sequence[FileSet], folder: Path) -> Result:
         size = writer.finish()
     begins = [one.begin_ns for one in sets if one.begin_ns is not None]
     ends = [one.end_ns for one in sets if one.end_ns is not None]
+    lows = [one.low_job for one in sets if one.low_job is not None]
+    highs = [one.high_job for one in sets if one.high_job is not None]
+    known = len(lows) == len(highs) == len(sets)
     return Result(
         writer.name,
         tuple(writer.tables),
@@ -97,6 +100,8 @@ def merge(sets: Sequence[FileSet], folder: Path) -> Result:
         0,
         (),
         (),
+        min(lows, default=None) if known else None,
+        max(highs, default=None) if known else None,
     )
 
 

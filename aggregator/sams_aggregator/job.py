@@ -72,7 +72,7 @@ def _open(connection: Any, view: Manifest, site: Site, job_id: int) -> None:  # 
     """
     made = accounts.ready(view, site)
     if made is None:
-        accounts.build(connection, view, site, job_id=job_id)
+        accounts.build(connection, view.of_jobs([job_id]), site, job_id=job_id)
         return
     do = connection.execute
     do(f"CREATE TEMP TABLE run AS FROM {made.source('run')} WHERE job_id = {int(job_id)}")
@@ -86,7 +86,7 @@ def _open(connection: Any, view: Manifest, site: Site, job_id: int) -> None:  # 
     jobs = ", ".join(str(int(one[0])) for one in ids) or "NULL"
     # The job id beside an epoch is there to find its row groups by.
     source = (
-        f"(SELECT * FROM {view.source('totals')}"
+        f"(SELECT * FROM {view.of_jobs([one[0] for one in ids]).source('totals')}"
         f" WHERE (job_id IN ({jobs}) OR job_id IS NULL) AND epoch IN ({listed}))"
     )
     do(f"CREATE TEMP TABLE total AS SELECT * FROM {tables.latest('totals', source)}")
@@ -335,7 +335,9 @@ def timeline(view: Manifest, site: Site, job_id: int, cluster: str | None) -> Re
     where = f"r.job_id = {int(job_id)}"
     if cluster is not None:
         where += f" AND r.cluster = {tables.quoted(cluster)}"
-    points = f"(SELECT * FROM {view.source('points')} WHERE epoch IN (SELECT epoch FROM member))"
+    ids = connection.execute("SELECT DISTINCT job_id FROM member").fetchall()
+    found = view.of_jobs([one[0] for one in ids if one[0] is not None])
+    points = f"(SELECT * FROM {found.source('points')} WHERE epoch IN (SELECT epoch FROM member))"
     rows = _dicts(
         connection.execute(
             f"""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -43,6 +43,8 @@ class FileSet(NamedTuple):
     bytes: int
     begin_ns: int | None
     end_ns: int | None
+    low_job: int | None = None
+    high_job: int | None = None
 
 
 class Manifest(NamedTuple):
@@ -56,6 +58,18 @@ class Manifest(NamedTuple):
         """Changes when the sets do."""
         names = ",".join(one.name for one in self.sets)
         return blake2b(names.encode(), digest_size=12).hexdigest()
+
+    def of_jobs(self, job_ids: Sequence[int]) -> Manifest:
+        """The sets that may say something of these job ids."""
+        return self._replace(
+            sets=tuple(
+                one
+                for one in self.sets
+                if one.low_job is None
+                or one.high_job is None
+                or any(one.low_job <= job_id <= one.high_job for job_id in job_ids)
+            )
+        )
 
     def files(self, table: str) -> list[Path]:
         """The Parquet files of a table."""
@@ -142,6 +156,8 @@ def record(store: Store, unit: str, source: str, extent: int, result: Result) ->
                 bytes=result.size,
                 begin_ns=result.begin_ns,
                 end_ns=result.end_ns,
+                low_job=result.low_job,
+                high_job=result.high_job,
             )
             .returning(st.files.c.id)
         ).scalar_one()
@@ -187,6 +203,8 @@ def replace(state: st.State, old: Iterable[FileSet], new: Result, *, level: int)
                 bytes=new.size,
                 begin_ns=new.begin_ns,
                 end_ns=new.end_ns,
+                low_job=new.low_job,
+                high_job=new.high_job,
             )
             .returning(st.files.c.id)
         ).scalar_one()

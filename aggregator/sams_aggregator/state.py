@@ -51,6 +51,9 @@ files = sa.Table(
     sa.Column("bytes", sa.BigInteger, nullable=False),
     sa.Column("begin_ns", sa.BigInteger),
     sa.Column("end_ns", sa.BigInteger),
+    # Lowest and highest job id in it; null: not known, or some rows name none.
+    sa.Column("low_job", sa.BigInteger),
+    sa.Column("high_job", sa.BigInteger),
 )
 # The manifest: each unit of input, up to where it was read, and the set that holds it.
 units = sa.Table(
@@ -120,9 +123,17 @@ def _first(connection: sa.Connection) -> None:
     metadata.create_all(connection, tables=made)
 
 
+def _job_ids_of_sets(connection: sa.Connection) -> None:
+    there = {column["name"] for column in sa.inspect(connection).get_columns(files.name)}
+    for name in ("low_job", "high_job"):
+        if name not in there:  # as it is in a state of before
+            connection.execute(sa.text(f"ALTER TABLE {files.name} ADD COLUMN {name} BIGINT"))
+
+
 # In order; never changed once released. Each runs in the transaction that records it.
 MIGRATIONS: Final[list[tuple[int, str, Callable[[sa.Connection], None]]]] = [
     (1, "first tables", _first),
+    (2, "job ids of sets", _job_ids_of_sets),
 ]
 
 

@@ -65,7 +65,8 @@ class Payload(NamedTuple):
 class Result(NamedTuple):
     """What one unit gave. `name` is None where no payload gave a row.
 
-    bad: places of payloads that were set aside, with the reason.
+    bad: places of payloads that were set aside, with the reason. low_job, high_job: lowest
+    and highest job id in it, None where some rows name none.
     """
 
     name: str | None
@@ -77,6 +78,8 @@ class Result(NamedTuple):
     records: int
     paths: tuple[bytes, ...]
     bad: tuple[tuple[str, str], ...]
+    low_job: int | None = None
+    high_job: int | None = None
 
 
 KIND_COUNTERS: Final = 1
@@ -131,6 +134,9 @@ class Builder:
         """Write what was collected. Raises OSError (a full disk, …)."""
         rows = _Rows(self._batches, self._options, self._set_aside)
         times = [job.start_ns for job in self._jobs] + rows.times
+        jobs = {job.job_id for job in self._jobs} | rows.claimed
+        if None in rows.job_ids:
+            jobs = set()
         name, found, size = None, [], 0
         if rows.epochs or rows.dropped or self._jobs:
             with SetWriter(folder) as writer:
@@ -149,6 +155,8 @@ class Builder:
             rows.decoded,
             rows.paths,
             tuple(self.bad),
+            min(jobs, default=None),
+            max(jobs, default=None),
         )
 
     def _set_aside(self, place: str, reason: str) -> None:
@@ -217,7 +225,8 @@ class _Rows:
         self.paths: tuple[bytes, ...] = ()
         self._counters: dict[str, dict[str, Any]] = {}
         self._keys: list[bytes] = []
-        self._job_ids: list[int | None] = []
+        self.job_ids: list[int | None] = []
+        self.claimed: set[int] = set()
         columns = batches.columns()
         if len(columns["source"]):
             self._find(columns)
@@ -279,7 +288,7 @@ class _Rows:
         return totals, some[latest.needed(self._epoch[some], self._slot[some], whole)]
 
     def _say_claims(self, places: Column) -> None:
-        self._job_ids = [None] * len(self._keys)
+        self.job_ids = [None] * len(self._keys)
         seen: set[tuple[int, wire.Claims]] = set()
         epochs, numbers = self._epoch[places].tolist(), self._order[places].tolist()
         for of, number in zip(epochs, numbers, strict=True):
@@ -288,8 +297,10 @@ class _Rows:
             if (of, made) in seen:
                 continue
             seen.add((of, made))
-            if self._job_ids[of] is None:
-                self._job_ids[of] = made.job_id
+            if made.job_id is not None:
+                self.claimed.add(made.job_id)
+                if self.job_ids[of] is None:
+                    self.job_ids[of] = made.job_id
             self.claims.append(
                 (self._keys[of], header.generation, header.sequence, self._ties[number],
                  *_plain_claims(made))
@@ -301,7 +312,7 @@ class _Rows:
         dropped = header.dropped
         if dropped is not None:
             self.dropped.append(
-                (self._keys[of], self._job_ids[of], header.generation, header.sequence,
+                (self._keys[of], self.job_ids[of], header.generation, header.sequence,
                  self._ties[number], dropped.first_sequence, dropped.last_sequence,
                  dropped.batches, dropped.bytes, dropped.reason)
             )  # fmt: skip
@@ -319,7 +330,7 @@ class _Rows:
             self._alive[wanted[list(found.bad)]] = False
         self.decoded = len(found.path.codes)
         self._say_epochs(totals[latest.starts(self._epoch[totals], self._month[totals])])
-        self._jobs = integers(self._job_ids)
+        self._jobs = integers(self.job_ids)
         kept = self._table("totals", self._month, totals, wanted, found)
         used = np.unique(found.path.codes[kept]).tolist()
         self.paths = tuple(sorted(found.path.values[code] for code in used))
@@ -347,7 +358,7 @@ class _Rows:
             ledger, final = header.ledger, header.final
             assert ledger is not None  # noqa: S101 - the wire refuses counters without a ledger
             self.epochs.append(
-                (self._keys[of], self._job_ids[of], month, header.generation, header.sequence,
+                (self._keys[of], self.job_ids[of], month, header.generation, header.sequence,
                  self._ties[number], header.begin_ns, header.clock_ns, header.mode,
                  header.loader, header.software, int(header.unclaimed),
                  final and final.reason, final and final.live, ledger.cgroup_cpu_ns,

@@ -240,6 +240,12 @@ class _Document(Header, frozen=True, kw_only=True, omit_defaults=True):
     records: msgspec.Raw = msgspec.Raw(b"\x90")
 
 
+class _Head(Header, frozen=True, kw_only=True, omit_defaults=True):
+    # A third of the time goes into names of columns that are the same everywhere.
+    sums: msgspec.Raw = msgspec.Raw(b"\x90")  # type: ignore[assignment]
+    fields: msgspec.Raw = msgspec.Raw(b"\x90")  # type: ignore[assignment]
+
+
 class _Version(msgspec.Struct, frozen=True):
     v: Count
 
@@ -256,6 +262,7 @@ Row = tuple[
 _encoder = msgspec.msgpack.Encoder()
 _version = msgspec.msgpack.Decoder(_Version)
 _header = msgspec.msgpack.Decoder(Header)
+_head = msgspec.msgpack.Decoder(_Head)
 _document = msgspec.msgpack.Decoder(_Document)
 _whole = msgspec.msgpack.Decoder(Batch)
 _records = msgspec.msgpack.Decoder(Annotated[list[Record], Meta(max_length=MAX_RECORDS)])
@@ -345,6 +352,11 @@ def _array_head(raw: bytes) -> tuple[int, int]:
     return int.from_bytes(raw[1 : 1 + length], "big"), length and 1 + length
 
 
+def decode_head(data: bytes | memoryview) -> Header:
+    """The same for a batch that has been checked before; its `sums` and `fields` stay unread."""
+    return _understood(_parse(_head, data))
+
+
 def to_plain(data: bytes) -> dict[str, object]:
     """Give the document as plain data with every key it holds, for people to look at."""
     decode_header(data)
@@ -367,11 +379,16 @@ def _take(decoder: msgspec.msgpack.Decoder[_H], data: bytes | memoryview) -> _H:
     return _checked(header)
 
 
-def _checked(header: _H) -> _H:
+def _understood(header: _H) -> _H:
     _check_version(header.v)
     if header.critical and not _KNOWN.issuperset(header.critical):
         unknown = sorted(set(header.critical) - _KNOWN)
         raise WireError(f"batch needs a reader that knows {', '.join(unknown)}: upgrade this one")
+    return header
+
+
+def _checked(header: _H) -> _H:
+    _understood(header)
     if len(header.sums) not in (0, max(0, len(header.fields) - KEY_COLUMNS)):
         raise WireError("sums do not match fields")
     if header.kind == "tombstone" and header.dropped is None:

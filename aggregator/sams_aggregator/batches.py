@@ -106,11 +106,11 @@ class Batches:
         return found
 
     def header(self, number: int) -> wire.Header:
-        """One batch's header. Raises DirectoryError."""
+        """One batch's header, but for `sums` and `fields`. Raises DirectoryError."""
         found = self._headers.get(number)
         if found is None:
             try:
-                found = wire.decode_header(self.data(number))
+                found = wire.decode_head(self.data(number))
             except wire.WireError as error:
                 # Another version of this program sealed it; this one says what it cannot read.
                 raise DirectoryError(str(error)) from error

@@ -80,13 +80,13 @@ def _open(connection: Any, view: Manifest, site: Site, job_id: int) -> None:  # 
     for name in ("member", "account"):
         do(f"CREATE TEMP TABLE {name} AS FROM {made.source(name)} WHERE run IN ({numbers})")
     do(f"CREATE TEMP VIEW path AS FROM {made.source('path')}")
-    epochs = [row[0] for row in do("SELECT DISTINCT epoch FROM member").fetchall()]
-    listed = ", ".join(f"unhex('{epoch.hex()}')" for epoch in epochs) or "NULL"
-    ids = do("SELECT DISTINCT job_id FROM member WHERE job_id IS NOT NULL").fetchall()
-    jobs = ", ".join(str(int(one[0])) for one in ids) or "NULL"
-    # The job id beside an epoch is there to find its row groups by.
+    members = do("SELECT DISTINCT epoch, job_id FROM member").fetchall()
+    listed = ", ".join({f"unhex('{epoch.hex()}')" for epoch, _ in members}) or "NULL"
+    ids = sorted({int(one) for _, one in members if one is not None})
+    jobs = ", ".join(map(str, ids)) or "NULL"
+    # The job id beside an epoch is there to find its sets and row groups by.
     source = (
-        f"(SELECT * FROM {view.of_jobs([one[0] for one in ids]).source('totals')}"
+        f"(SELECT * FROM {view.of_jobs(ids).source('totals')}"
         f" WHERE (job_id IN ({jobs}) OR job_id IS NULL) AND epoch IN ({listed}))"
     )
     do(f"CREATE TEMP TABLE total AS SELECT * FROM {tables.latest('totals', source)}")

@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from sams_aggregator import accounts, job, manifest, months, show, software, tables
 from sams_aggregator import config as cfg
@@ -30,21 +32,23 @@ KINDS: Final = (
 )  # fmt: skip
 SPECIAL: Final = KINDS[1:]
 
-_KEYS: Final = {
+_OF_SOFTWARE: Final = ("software", "version", "local_version")
+_OF_RUN: Final = {
+    "user": '"user"', "project": "project", "partition": '"partition"', "cluster": "cluster",
+    "job": "job_id", "run": "run", "status": "status",
+}  # fmt: skip
+_OF_ACCOUNT: Final = {"month": "month", "path": "path_id", "flags": "flags"}
+_KEYS: Final = (*_OF_SOFTWARE, *_OF_RUN, *_OF_ACCOUNT)
+_BASE: Final = 1 << 32
+_EXPRESSIONS: Final = {
     **{
         name: f"CASE WHEN a.class = 'path' THEN filled(s.{name}, r.\"user\", r.project) END"
         for name in ("software", "version", "local_version")
     },
-    "user": 'r."user"',
-    "project": "r.project",
-    "partition": 'r."partition"',
-    "cluster": "r.cluster",
+    **{name: f"r.{column}" for name, column in _OF_RUN.items()},
     "month": "a.month",
-    "job": "r.job_id",
-    "run": "r.run",
     "path": "p.path",
     "flags": "a.flags",
-    "status": "r.status",
 }
 
 
@@ -334,7 +338,114 @@ def _where(chosen: Filter) -> str:
 
 def rows(connection: Any, keys: Sequence[str], chosen: Filter) -> list[Row]:  # noqa: ANN401
     """Sums by keys and kind, in no order."""
-    chosen_keys = "".join(f"{_KEYS[name]} AS k{at}, " for at, name in enumerate(keys))
+    asked = [f"coalesce({name}, '')" for name in keys if name in _OF_SOFTWARE]
+    if asked:
+        query = f"SELECT count(*) FROM soft WHERE contains(concat({', '.join(asked)}), '%')"
+        if connection.execute(query).fetchone()[0]:
+            return _rows_by_names(connection, keys, chosen)
+    return _rows_by_numbers(connection, keys, chosen)
+
+
+def _rows_by_numbers(connection: Any, keys: Sequence[str], chosen: Filter) -> list[Row]:  # noqa: ANN401
+    """The quick way: grouped by small numbers, which get their names at the end.
+
+    `who` stands for the keys of a run, `what` for the kind and the keys of software.
+    """
+    of_run = [name for name in keys if name in _OF_RUN]
+    of_software = [name for name in keys if name in _OF_SOFTWARE]
+    own = [name for name in keys if name in _OF_ACCOUNT]
+    run_keys = ", ".join(_OF_RUN[name] for name in of_run) or "1"
+    connection.execute(f"""
+        CREATE OR REPLACE TEMP TABLE who_of AS
+        SELECT run, running, {PARTIAL} AS partial,
+            dense_rank() OVER (ORDER BY {run_keys}) - 1 AS who
+        FROM run r {_where(Filter(chosen.cluster))}
+    """)
+    connection.execute(f"""
+        CREATE OR REPLACE TEMP TABLE what_of AS
+        SELECT *, dense_rank() OVER (ORDER BY {", ".join(["kind", *of_software])}) - 1 AS what
+        FROM soft
+    """)
+    names: dict[str, list[Any]] = {}
+    for table, number, columns in (
+        (
+            "run JOIN (SELECT run, who FROM who_of) USING (run)",
+            "who",
+            {n: _OF_RUN[n] for n in of_run},
+        ),
+        ("what_of", "what", {name: name for name in ("kind", *of_software)}),
+        ("path", "path_id", {"path": "path"} if "path" in keys else {}),
+    ):
+        picked = ", ".join(f"any_value({column})" for column in columns.values())
+        if picked:
+            query = f"SELECT {picked} FROM {table} GROUP BY {number} ORDER BY {number}"
+            every = zip(*connection.execute(query).fetchall(), strict=True)
+            names |= dict(zip(columns, map(list, every), strict=False))
+    kinds = names.setdefault("kind", [])
+    # Paths without software, and what is no path at all, have numbers of their own behind.
+    classes = {kind: len(kinds) + at for at, kind in enumerate(KINDS)}
+    if "undetermined" in kinds:
+        classes["undetermined"] = kinds.index("undetermined")
+    cases = " ".join(f"WHEN '{kind}' THEN {number}" for kind, number in classes.items())
+    for name in of_software:
+        names.setdefault(name, []).extend([None] * len(KINDS))
+    kinds += KINDS
+    chosen_keys = "".join(f"coalesce(a.{_OF_ACCOUNT[name]}, -1) AS {name}, " for name in own)
+    again = "".join(f"{name}, " for name in own)
+    # First by run, then by the keys: to count distinct runs in one go takes ten times as long.
+    # Sums need not fit into 64 bits.
+    found = connection.execute(f"""
+        WITH by_run AS (
+            SELECT {chosen_keys} a.run, CASE a.class WHEN 'path'
+                    THEN coalesce(s.what, {classes["undetermined"]}) {cases} END AS what,
+                sum(a.cpu_ns) AS cpu, sum(a.core_us) AS core
+            FROM account a LEFT JOIN what_of s ON s.path_id = a.path_id
+            {_where(chosen._replace(cluster=None))}
+            GROUP BY ALL
+        ), summed AS (
+            SELECT {again} who, what, count(*) AS runs, sum(cpu)::HUGEINT AS cpu,
+                sum(core)::HUGEINT AS core, count(*) FILTER (running) AS running,
+                count(*) FILTER (partial) AS partial
+            FROM by_run JOIN who_of USING (run) GROUP BY ALL
+        )
+        SELECT * EXCLUDE (cpu, core), (cpu // {_BASE})::BIGINT AS cpu_high,
+            (cpu % {_BASE})::BIGINT AS cpu_low, (core // {_BASE})::BIGINT AS core_high,
+            (core % {_BASE})::BIGINT AS core_low
+        FROM summed
+    """).fetchnumpy()
+
+    def named(name: str, numbers: Any) -> list[Any]:  # noqa: ANN401
+        # One more, for what is none: -1.
+        values: list[Any] = np.array([*names[name], None], dtype=object)[numbers].tolist()
+        return values
+
+    def sums(name: str) -> list[int]:
+        high, low = found[f"{name}_high"].tolist(), found[f"{name}_low"].tolist()
+        return [one * _BASE + other if one else other for one, other in zip(high, low, strict=True)]
+
+    def column(name: str) -> list[Any]:
+        if name in _OF_RUN:
+            return named(name, found["who"])
+        if name in _OF_SOFTWARE:
+            return named(name, found["what"])
+        if name == "path":
+            return named(name, np.where(found[name] < 0, -1, found[name] - 1))
+        return [None if value < 0 else value for value in found[name].tolist()]
+
+    values: Iterable[tuple[Any, ...]] = zip(*map(column, keys), strict=True)
+    if not keys:
+        values = [()] * len(found["who"])
+    return list(
+        map(
+            Row, values, named("kind", found["what"]), found["runs"].tolist(), sums("cpu"),
+            sums("core"), found["running"].tolist(), found["partial"].tolist(),
+        )
+    )  # fmt: skip
+
+
+def _rows_by_names(connection: Any, keys: Sequence[str], chosen: Filter) -> list[Row]:  # noqa: ANN401
+    """The same where names of software hold the run's own user or project."""
+    chosen_keys = "".join(f"{_EXPRESSIONS[name]} AS k{at}, " for at, name in enumerate(keys))
     again = "".join(f"k{at}, " for at in range(len(keys)))
     paths = "LEFT JOIN path p ON p.path_id = a.path_id" if "path" in keys else ""
     # First by run, then by the keys: to count distinct runs in one go takes ten times as long.

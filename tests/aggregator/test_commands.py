@@ -326,6 +326,28 @@ def test_months_and_clusters_choose_runs_too(site: Site) -> None:
     assert upstream["sacct"]["core_us"] == 1800 * 8 * 10**6
 
 
+@pytest.mark.parametrize("limit", [0, 1, 3, 100])
+def test_what_a_limit_leaves_out_is_summed_up_by_kind(site: Site, limit: int) -> None:
+    site.fill()
+    keys = ("--by", "path,user")
+    every = json.loads(site("report", *keys, "--json")[1])["rows"]
+    cut = json.loads(site("report", *keys, "--limit", str(limit), "--json")[1])["rows"]
+    amounts = ("core_us", "cpu_ns")
+    by_kind: dict[str, list[int]] = {}
+    for row in cut:
+        sums = by_kind.setdefault(row["kind"].removesuffix(" (rest)"), [0, 0])
+        for at, name in enumerate(amounts):
+            sums[at] += row[name]
+    for kind, sums in by_kind.items():
+        whole = [sum(row[name] for row in every if row["kind"] == kind) for name in amounts]
+        assert sums == whole, kind
+    assert set(by_kind) == {row["kind"] for row in every}
+    rows = list(csv.DictReader(io.StringIO(
+        site("report", *keys, "--limit", str(limit), "--format", "csv")[1]
+    )))  # fmt: skip
+    assert sum(int(row["core_us"]) for row in rows) == ROW.cpu_time * 10**6
+
+
 def test_one_bad_source_does_not_stop_the_others(site: Site) -> None:
     site.fill()
     bad = site.folder / "bad"

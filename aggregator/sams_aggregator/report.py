@@ -89,7 +89,7 @@ def command(arguments: argparse.Namespace) -> int:
             software.put_in_force(store, rules)
             names = dict(software.mapping(state, rules.version))
             report = main_report(made, names, chosen, keys, arguments)
-        empty = not manifest.extents(state)
+        empty = not any(one.tables for one in manifest.read(store).sets)
     finally:
         state.close()
     if empty:

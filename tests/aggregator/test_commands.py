@@ -312,6 +312,21 @@ def test_a_job_in_detail_is_told_with_its_software_and_ledger(site: Site) -> Non
     assert {row["flags"] for row in rows} == {"", "outside"}
 
 
+def test_a_job_id_of_two_clusters_is_not_mixed(site: Site) -> None:
+    site.fill()
+    other = synthetic.epoch(random.Random(9), synthetic.claims(ROW, "n1", cluster="c2"), BEGIN,
+                            [BEGIN + 60], paths=[b"/x"])  # fmt: skip
+    with Appender.open(site.archive) as appender:
+        appender.append([Item(Kind.COUNTERS, data) for data in other.encoded()])
+    assert site("ingest")[0] == 0
+    for command in (("report", "--job", "42"), ("timeline", "42")):
+        status, _, err = site(*command)
+        assert status == 2
+        assert "one in each of c1, c2: choose with --cluster" in err
+        assert "/x" in site(*command, "--cluster", "c2")[1]
+        assert "/x" not in site(*command, "--cluster", "c1")[1]
+
+
 def test_months_and_clusters_choose_runs_too(site: Site) -> None:
     site.fill()
     for option in ((), ("--from", "2025-10", "--to", "2025-10"), ("--cluster", "c1")):

@@ -109,13 +109,23 @@ struct sams_name {
 	char script[SAMS_SCRIPT_MAX];
 };
 
+/* Which executable a chain of dentries was found to be: see path.h. */
+struct sams_chain_key {
+	__u32 slot_id;
+	__u32 flags;
+	__u64 sum;
+};
+
 /* One row per task, threads included; key: the address of its task_struct. */
 struct sams_task {
 	__u32 slot_id;
 	__u32 index;
 	__u32 pid;
+	__u32 tgid;
 	__u32 state;
+	__u32 zero;
 	__u64 start_ns; /* start_boottime: tells a row from a later task at the same address */
+	__u64 rss_base_pages; /* signal->maxrss when the image began */
 	__u64 charged[SAMS_COLUMNS];
 };
 
@@ -123,24 +133,24 @@ struct sams_task {
 struct sams_process {
 	__u32 slot_id;
 	__u32 state;
-	__u64 rss_base_pages; /* signal->maxrss when the image began */
 };
 
 struct sams_slot {
 	__u32 id; /* low 12 bits: place in the table; the rest: how often it was used */
 	__u32 state;
+	/* What every life touches stands together. */
+	__s64 tasks; /* gauge */
+	__s64 live;  /* gauge */
+	__u64 forks;
+	__u64 exits;
+	__u64 names;
+	__s64 cgroups; /* gauge */
+	__u64 adopted;
+	__u64 moved_in;
+	__u64 moved_out;
 	__u64 path_hash;
 	__u64 birth_ns; /* CLOCK_BOOTTIME */
 	__u8 epoch[16];
-	__s64 cgroups; /* gauges */
-	__s64 tasks;
-	__s64 live;
-	__u64 names;
-	__u64 forks;
-	__u64 adopted;
-	__u64 moved_in;
-	__u64 exits;
-	__u64 moved_out;
 	__u64 lost[SAMS_LOST_KINDS];
 	struct sams_counters overflow;
 	struct sams_counters overflow_outside;
@@ -172,7 +182,7 @@ struct sams_node {
 	__u32 tripped; /* the programs took more than their limit and are off */
 	__u32 closed;  /* a newer set takes the new jobs */
 	__u32 stay;    /* loaded to stay until `unload`, jobs or not */
-	__u32 zero;
+	__u32 refused; /* some task found no room for its row */
 	__u64 slots_full;
 };
 

@@ -43,8 +43,8 @@ BCC_TRACEPOINTS: Final = {"on_wakeup_new": "sched_wakeup_new"}
 BY_HAND: Final = ("harvest", "find", "adopt")
 ITERATORS: Final = {"harvest": "tasks", "adopt": None}
 MAPS: Final = (
-    *("tasks", "processes", "totals", "names", "cgroups", "slots", "free_slots", "jobs"),
-    *("claims", "splits", "node", "costs"),
+    *("tasks", "processes", "totals", "names", "chains", "cgroups", "slots", "free_slots"),
+    *("jobs", "claims", "splits", "node", "costs"),
 )
 _ZERO: Final = layout.U32.pack(0)
 
@@ -192,6 +192,7 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
         return _load_with_bcc(options)
     attached = options.attached()
     wanted = attached | set(ITERATORS) | {"on_calibrate"}
+    typed = True
     try:
         maps, programs = _load_object(OBJECT, options, wanted)
     except bpf.BpfError as error:
@@ -199,11 +200,12 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
             raise
         try:
             maps, programs = _load_object(OLDER_OBJECT, options, wanted)
+            typed = False
         except bpf.BpfError:
             raise error from None  # of the two, the reason of the one meant for newer kernels
     _prepare(maps)
-    _calibrate(programs["on_calibrate"])
-    links = _attach(programs, attached)
+    _calibrate(programs["on_calibrate"], typed=typed)
+    links = _attach(programs, attached, typed=typed)
     iterators = {
         name: bpf.attach_iterator(programs[name], maps[over] if over else None)
         for name, over in ITERATORS.items()
@@ -235,7 +237,7 @@ def _load_with_bcc(options: Options) -> ProgramSet:
 
     made = bcc_loader.load(fds, constants, attached | set(BY_HAND))
     _prepare(maps)
-    links = _attach(made.programs, attached)
+    links = _attach(made.programs, attached, typed=False)
     # Iterators need BTF: these programs are run by hand instead, so they stay.
     iterators = {name: made.programs.pop(name) for name in BY_HAND}
     for fd in made.programs.values():
@@ -252,10 +254,11 @@ def _prepare(maps: dict[str, bpf.Map]) -> None:
     _open_clocks(maps["clocks"])
 
 
-def _attach(programs: dict[str, int], names: set[str]) -> dict[str, int]:
+def _attach(programs: dict[str, int], names: set[str], *, typed: bool) -> dict[str, int]:
     tracepoints = TRACEPOINTS | BCC_TRACEPOINTS
     return {
-        name: bpf.attach_raw_tracepoint(tracepoints[name], programs[name]) for name in sorted(names)
+        name: bpf.attach_raw_tracepoint(tracepoints[name], programs[name], typed=typed)
+        for name in sorted(names)
     }
 
 
@@ -269,6 +272,7 @@ def _load_object(
             "processes": options.tasks,
             "totals": options.executables,
             "names": options.executables,
+            "chains": options.executables,
             "splits": options.executables,
             "cgroups": options.cgroups,
             "clocks": possible_cpus(),
@@ -383,9 +387,9 @@ def _open_clocks(clocks: bpf.Map) -> None:
             os.close(fd)
 
 
-def _calibrate(program_fd: int, rounds: int = 4) -> None:
+def _calibrate(program_fd: int, *, typed: bool, rounds: int = 4) -> None:
     """Let every CPU switch a few times while the calibrating program is attached."""
-    link = bpf.attach_raw_tracepoint("sched_switch", program_fd)
+    link = bpf.attach_raw_tracepoint("sched_switch", program_fd, typed=typed)
     try:
         allowed = os.sched_getaffinity(0)
         try:

@@ -134,6 +134,12 @@ static __always_inline void lose(struct sams_slot *slot, enum sams_lost cause)
 	__sync_fetch_and_add(&slot->lost[cause], 1);
 }
 
+static __always_inline void peak(struct sams_counters *counters, u64 pages)
+{
+	if (pages > counters->max_rss_pages)
+		counters->max_rss_pages = pages;
+}
+
 enum settling {
 	FORWARD,  /* charge nothing while the counter is behind what was charged */
 	BOUNDARY, /* charge exactly up to the counter, back as well as forth */
@@ -174,6 +180,37 @@ static __always_inline void settle(struct sams_task *row, struct sams_counters *
 	}
 }
 
+/*
+ * The counters of the image that the task is, with the execs, forks and the death added that
+ * its row has kept for them: a look-up of totals less at each of these events.
+ */
+static __always_inline struct sams_counters *image_of(struct sams_task *row,
+						      struct sams_slot *slot)
+{
+	struct sams_counters *counters;
+	u64 image = 0, died;
+	int i;
+
+	for (i = 0; i < 4; i++) {
+		image = *(volatile u64 *)&row->image;
+		if (!(image & SAMS_IMAGE_OWED) ||
+		    replace(&row->image, image, image & ~SAMS_IMAGE_OWED))
+			break;
+	}
+	counters = counters_of(slot, image >> 32, row->state);
+	if (i < 4 && image & SAMS_IMAGE_OWED) {
+		__sync_fetch_and_add(&counters->forks, image & SAMS_IMAGE_FORKS);
+		if (image & SAMS_IMAGE_EXEC)
+			__sync_fetch_and_add(&counters->execs, 1);
+	}
+	died = *(volatile u64 *)&row->died_pages;
+	if (died && replace(&row->died_pages, died, 0)) {
+		__sync_fetch_and_add(&counters->exits, 1);
+		peak(counters, died - 1);
+	}
+	return counters;
+}
+
 /* The CPU of the current task up to this moment. */
 static __always_inline u64 cpu_of_current(struct task_struct *current, struct sams_slot *slot)
 {
@@ -184,12 +221,6 @@ static __always_inline u64 cpu_of_current(struct task_struct *current, struct sa
 		slice = 0;
 	}
 	return LOAD(TYPED, current, se.sum_exec_runtime) + slice;
-}
-
-static __always_inline void peak(struct sams_counters *counters, u64 pages)
-{
-	if (pages > counters->max_rss_pages)
-		counters->max_rss_pages = pages;
 }
 
 /* ---- executables ------------------------------------------------------------------ */
@@ -374,6 +405,13 @@ static __always_inline void drop_task(u64 key, struct sams_slot *slot)
 		__sync_fetch_and_add(&slot->tasks, -1);
 }
 
+/* Of a task whose free was not seen, what is known. */
+static __always_inline void charge_unseen(struct sams_task *row, struct sams_slot *slot)
+{
+	settle_cpu(row, image_of(row, slot), row->exit_ns, FORWARD);
+	lose(slot, SAMS_LOST_MISSED_DEATHS);
+}
+
 /* Is this row the task's own, not one of an earlier task at the same address? */
 static __always_inline int is_row_of(struct sams_task *row, struct task_struct *task,
 				     enum typing how)
@@ -421,11 +459,10 @@ static __always_inline enum keeping keep_task(struct task_struct *task, enum typ
 		if (stale && is_row_of(stale, task, how))
 			return THERE_ALREADY;
 		if (stale) {
-			/* What was charged last to the task whose free was not seen, stays. */
 			struct sams_slot *its = slot_of(stale->slot_id);
 
 			if (its)
-				lose(its, SAMS_LOST_MISSED_DEATHS);
+				charge_unseen(stale, its);
 			drop_task(key, its);
 		}
 		error = bpf_map_update_elem(MAP(tasks), &key, row, BPF_NOEXIST);
@@ -442,13 +479,21 @@ static __always_inline enum keeping keep_task(struct task_struct *task, enum typ
 	return KEPT;
 }
 
+/* A row for the process of a task that is not its only thread; 0 if there is one already. */
 static __always_inline int keep_process(struct task_struct *task, enum typing how,
-					struct sams_slot *slot, u32 state, u64 flags)
+					struct sams_slot *slot, u32 state)
 {
 	struct sams_process process = {.slot_id = slot->id, .state = state};
 	u64 key = (u64)LOAD(how, task, signal);
 
-	return !bpf_map_update_elem(MAP(processes), &key, &process, flags);
+	return !bpf_map_update_elem(MAP(processes), &key, &process, BPF_NOEXIST);
+}
+
+static __always_inline int has_threads(struct task_struct *task, enum typing how)
+{
+	struct signal_struct *signal = LOAD(how, task, signal);
+
+	return LOAD(how, signal, nr_threads) > 1;
 }
 
 /* ---- new tasks -------------------------------------------------------------------- */
@@ -485,15 +530,18 @@ static __always_inline void new_task(struct task_struct *child, struct task_stru
 	}
 	same = row.state && (row.state & SAMS_ROW_OUTSIDE) == (origin->state & SAMS_ROW_OUTSIDE);
 	row.slot_id = owner->id;
-	row.index = same ? origin->index : SAMS_OVERFLOW;
-	if (!process && origin)
-		row.rss_base_pages = origin->rss_base_pages;
+	row.image = same ? origin->image & ~SAMS_IMAGE_OWED : SAMS_IMAGE(SAMS_OVERFLOW);
+	if (!process) {
+		row.state |= SAMS_ROW_THREADED;
+		if (origin)
+			row.rss_base_pages = origin->rss_base_pages;
+	}
 	if (keep_task(child, TYPED, &row, owner) == THERE_ALREADY)
 		return; /* moved into the job before we were told that it exists */
 	if (process) {
 		if (inside) {
 			__sync_fetch_and_add(&home->forks, 1);
-			__sync_fetch_and_add(&counters_of(home, origin->index, 0)->forks, 1);
+			__sync_fetch_and_add(&origin->image, 1);
 			if (!slot || slot->id != home->id) /* CLONE_INTO_CGROUP */
 				__sync_fetch_and_add(&home->moved_out, 1);
 		}
@@ -502,14 +550,17 @@ static __always_inline void new_task(struct task_struct *child, struct task_stru
 				__sync_fetch_and_add(&slot->adopted, 1);
 			__sync_fetch_and_add(&slot->live, 1);
 		}
-		keep_process(child, TYPED, owner, row.state, BPF_ANY);
+	} else if (home && !(origin->state & SAMS_ROW_THREADED)) {
+		origin->state |= SAMS_ROW_THREADED;
+		keep_process(child, TYPED, home, origin->state);
 	}
 	/* Last, when little else is known: what follows is checked once for all that came before. */
 	if (!same) {
-		row.index = executable_of(owner, child, TYPED, row.state, 0, SCRATCH_NEW);
+		row.image = SAMS_IMAGE(
+			executable_of(owner, child, TYPED, row.state, 0, SCRATCH_NEW));
 		kept = bpf_map_lookup_elem(MAP(tasks), &key);
 		if (kept)
-			kept->index = row.index;
+			kept->image = row.image;
 	}
 	leave(begin);
 }
@@ -522,27 +573,23 @@ PROGRAM(on_new_task, "task_newtask")
 
 /* ---- exec ------------------------------------------------------------------------- */
 
-static __always_inline void end_image_memory(struct task_struct *task, struct sams_task *row,
-					     struct sams_counters *counters, int exec)
+/* Peak of the image that ends, in pages: the kernel keeps that of the process over all images. */
+static __always_inline u64 image_peak(struct task_struct *task, struct sams_task *row,
+				      struct mm_struct *mm)
 {
 	struct signal_struct *signal = LOAD(TYPED, task, signal);
-	struct mm_struct *mm = exec ? 0 : LOAD(TYPED, task, mm);
 	u64 most = LOAD(TYPED, signal, maxrss);
 
-	/* The kernel keeps the peak of the process over all its images. */
 	if (most > row->rss_base_pages)
-		peak(counters, most);
-	else if (mm)
-		peak(counters, LOAD(TYPED, mm, hiwater_rss));
-	if (exec && most > row->rss_base_pages)
-		row->rss_base_pages = most;
+		return most;
+	return mm ? LOAD(TYPED, mm, hiwater_rss) : 0;
 }
 
 static __always_inline void exec(struct task_struct *task, struct linux_binprm *bprm)
 {
 	struct sams_task *row = row_of(task);
+	u64 begin, most, now[SAMS_COLUMNS];
 	struct sams_counters *counters;
-	u64 begin, now[SAMS_COLUMNS];
 	struct sams_slot *slot;
 
 	if (!row || is_off())
@@ -551,13 +598,17 @@ static __always_inline void exec(struct task_struct *task, struct linux_binprm *
 	slot = slot_of(row->slot_id);
 	if (!slot)
 		return;
-	counters = counters_of(slot, row->index, row->state);
+	counters = image_of(row, slot);
 	read_columns(task, TYPED, now);
 	now[SAMS_CPU] = cpu_of_current(task, slot);
 	settle(row, counters, now, FORWARD);
-	end_image_memory(task, row, counters, 1);
-	row->index = executable_of(slot, task, TYPED, row->state, bprm, SCRATCH_EXEC);
-	__sync_fetch_and_add(&counters_of(slot, row->index, row->state)->execs, 1);
+	most = image_peak(task, row, 0); /* the old memory has gone, and is in `maxrss` */
+	if (most) {
+		peak(counters, most);
+		row->rss_base_pages = most;
+	}
+	row->image = SAMS_IMAGE(executable_of(slot, task, TYPED, row->state, bprm, SCRATCH_EXEC)) |
+		     SAMS_IMAGE_EXEC;
 	leave(begin);
 }
 
@@ -569,41 +620,48 @@ PROGRAM(on_exec, "sched_process_exec")
 
 /* ---- death ------------------------------------------------------------------------ */
 
-static __always_inline void process_died(struct task_struct *task, struct sams_task *row,
-					 struct sams_slot *slot, struct sams_counters *counters)
+/* Whether the process dies with this task, of whose thread it is the last; counts its death. */
+static __always_inline int process_died(struct task_struct *task, struct sams_task *row,
+					struct sams_slot *slot)
 {
 	struct signal_struct *signal = LOAD(TYPED, task, signal);
+	int live = LOAD(TYPED, signal, live.counter);
+	u32 state = row->state;
 	u64 key = (u64)signal;
-	struct sams_process *process;
 
-	if (LOAD(TYPED, signal, live.counter) != 0)
-		return;
-	process = bpf_map_lookup_elem(MAP(processes), &key);
-	if (!process)
-		return;
-	end_image_memory(task, row, counters, 0);
-	/* Two threads may both see live == 0: who deletes the row counts the death. */
-	if (process->slot_id != slot->id || process->state & SAMS_ROW_OUTSIDE)
-		slot = slot_of(process->slot_id);
-	if (process->state & SAMS_ROW_OUTSIDE)
-		slot = 0;
-	if (bpf_map_delete_elem(MAP(processes), &key))
-		return;
-	__sync_fetch_and_add(&counters->exits, 1);
-	if (slot) {
+	if (!(state & SAMS_ROW_THREADED)) {
+		if (live) {
+			/* Taken up at the moment in which it made its first thread. */
+			keep_process(task, TYPED, slot, state);
+			return 0;
+		}
+	} else {
+		struct sams_process *process;
+
+		if (live)
+			return 0;
+		process = bpf_map_lookup_elem(MAP(processes), &key);
+		if (!process)
+			return 0;
+		/* Threads may stand in several cgroups. */
+		if (process->slot_id != slot->id)
+			slot = slot_of(process->slot_id);
+		state = process->state;
+		/* Two threads may both see live == 0: who deletes the row counts the death. */
+		if (bpf_map_delete_elem(MAP(processes), &key))
+			return 0;
+	}
+	if (slot && !(state & SAMS_ROW_OUTSIDE)) {
 		__sync_fetch_and_add(&slot->exits, 1);
 		__sync_fetch_and_add(&slot->live, -1);
 	}
+	return 1;
 }
 
-/*
- * Its CPU is charged up to here, in case that its free is not seen; all the rest, and the
- * CPU of its teardown, when it is freed.
- */
+/* What is known here is kept in the row, in case that the task's free is not seen. */
 static __always_inline void exits(struct task_struct *task)
 {
 	struct sams_task *row = row_of(task);
-	struct sams_counters *counters;
 	struct sams_slot *slot;
 	u64 begin;
 
@@ -613,10 +671,10 @@ static __always_inline void exits(struct task_struct *task)
 	slot = slot_of(row->slot_id);
 	if (!slot)
 		return;
-	counters = counters_of(slot, row->index, row->state);
 	row->state |= SAMS_ROW_EXITING;
-	settle_cpu(row, counters, cpu_of_current(task, slot), FORWARD);
-	process_died(task, row, slot, counters);
+	row->exit_ns = cpu_of_current(task, slot);
+	if (process_died(task, row, slot))
+		row->died_pages = 1 + image_peak(task, row, LOAD(TYPED, task, mm));
 	leave(begin);
 }
 
@@ -661,7 +719,7 @@ static __always_inline void finalise(struct task_struct *task)
 	slot = slot_of(row->slot_id);
 	if (slot) {
 		read_columns(task, TYPED, now);
-		settle(row, counters_of(slot, row->index, row->state), now, BOUNDARY);
+		settle(row, image_of(row, slot), now, BOUNDARY);
 	}
 	drop_task((u64)task, slot);
 	leave(begin);
@@ -685,26 +743,8 @@ PROGRAM(on_switch, "sched_switch")
 
 /* ---- moves between cgroups -------------------------------------------------------- */
 
-/*
- * The process moves with its group, or with its leader where threads move one by one.
- * After the first thread of a group the row says where it is, and nothing more happens.
- */
-static __always_inline void move_process(struct task_struct *task, struct sams_slot *to,
-					 u32 slot_id, u32 state)
+static __always_inline void count_move(struct sams_slot *from, struct sams_slot *to)
 {
-	u64 key = (u64)READ(task, signal);
-	struct sams_process *process = bpf_map_lookup_elem(MAP(processes), &key);
-	struct sams_slot *from = 0;
-
-	if (!process) {
-		if (to && keep_process(task, BARE, to, 0, BPF_NOEXIST)) {
-			__sync_fetch_and_add(&to->moved_in, 1);
-			__sync_fetch_and_add(&to->live, 1);
-		}
-		return;
-	}
-	if (!(process->state & SAMS_ROW_OUTSIDE))
-		from = slot_of(process->slot_id);
 	if (from && to && from->id == to->id)
 		return;
 	if (from) {
@@ -714,7 +754,30 @@ static __always_inline void move_process(struct task_struct *task, struct sams_s
 	if (to) {
 		__sync_fetch_and_add(&to->moved_in, 1);
 		__sync_fetch_and_add(&to->live, 1);
-	} else if (!(state & SAMS_ROW_OUTSIDE)) {
+	}
+}
+
+/*
+ * A process of several threads moves with its group, or with its leader where threads move
+ * one by one. After the first thread of a group its row says where it is, and nothing more
+ * happens.
+ */
+static __always_inline void move_process(struct task_struct *task, struct sams_slot *to,
+					 u32 slot_id, u32 state)
+{
+	u64 key = (u64)READ(task, signal);
+	struct sams_process *process = bpf_map_lookup_elem(MAP(processes), &key);
+	struct sams_slot *from = 0;
+
+	if (!process) {
+		if (to && keep_process(task, BARE, to, 0))
+			count_move(0, to);
+		return;
+	}
+	if (!(process->state & SAMS_ROW_OUTSIDE))
+		from = slot_of(process->slot_id);
+	count_move(from, to);
+	if (!to && !(state & SAMS_ROW_OUTSIDE)) {
 		bpf_map_delete_elem(MAP(processes), &key);
 		return;
 	}
@@ -741,28 +804,35 @@ static __always_inline void move(struct task_struct *task, struct walk *walk)
 	struct sams_slot *to = walk->to_id ? slot_of(walk->to_id) : 0, *from;
 	u64 key = (u64)task;
 	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key), fresh = {};
-	int with_process = walk->head || is_leader(task, BARE);
+	int with_process = walk->head || is_leader(task, BARE), was_inside;
 
 	if (!row) {
 		if (!to || READ(task, exit_state) || READ(task, flags) & PF_EXITING)
 			return; /* also a dead leader that comes along with its group */
 		fresh.slot_id = to->id;
-		fresh.index = walk->inside;
+		fresh.image = SAMS_IMAGE(walk->inside);
+		if (has_threads(task, BARE))
+			fresh.state = SAMS_ROW_THREADED;
 		read_columns(task, BARE, fresh.charged);
-		if (keep_task(task, BARE, &fresh, to) == KEPT && with_process)
+		if (keep_task(task, BARE, &fresh, to) != KEPT)
+			return;
+		if (!fresh.state)
+			count_move(0, to);
+		else if (with_process)
 			move_process(task, to, to->id, 0);
 		return;
 	}
 	from = slot_of(row->slot_id);
-	if (from && !(row->state & SAMS_ROW_OUTSIDE) && to && to->id == from->id)
+	was_inside = from && !(row->state & SAMS_ROW_OUTSIDE);
+	if (was_inside && to && to->id == from->id)
 		return; /* between nested cgroups of one job */
-	if (!to && (!from || row->state & SAMS_ROW_OUTSIDE))
+	if (!to && !was_inside)
 		return; /* was outside, stays outside */
 	if (from) {
 		/* The counters of both cgroups change over at the task's counter as it stands:
 		 * a running slice will be charged where the task is when it ends. */
 		read_columns(task, BARE, fresh.charged);
-		settle(row, counters_of(from, row->index, row->state), fresh.charged, BOUNDARY);
+		settle(row, image_of(row, from), fresh.charged, BOUNDARY);
 	}
 	if (to) {
 		if (!from || to->id != from->id) {
@@ -773,12 +843,17 @@ static __always_inline void move(struct task_struct *task, struct walk *walk)
 			row->slot_id = to->id;
 		}
 		row->state &= ~SAMS_ROW_OUTSIDE;
-		row->index = walk->inside;
+		row->image = SAMS_IMAGE(walk->inside);
 	} else if (row->state & SAMS_ROW_NATIVE) {
 		row->state |= SAMS_ROW_OUTSIDE;
-		row->index = row->slot_id == walk->from_id ? walk->outside : SAMS_OVERFLOW;
+		row->image = SAMS_IMAGE(row->slot_id == walk->from_id ? walk->outside :
+									SAMS_OVERFLOW);
 	}
-	if (with_process && !(row->state & SAMS_ROW_EXITING))
+	if (row->state & SAMS_ROW_EXITING)
+		; /* its process, if it was the last thread, has died where it was */
+	else if (!(row->state & SAMS_ROW_THREADED))
+		count_move(was_inside ? from : 0, to);
+	else if (with_process)
 		move_process(task, to, row->slot_id, row->state);
 	if (!to && !(row->state & SAMS_ROW_NATIVE))
 		drop_task(key, from);
@@ -1112,13 +1187,13 @@ static __always_inline int settle_row(u64 key)
 	/* Last, so that what was read above was this task's. */
 	if (!slot || !is_row_of(row, task, BARE)) {
 		if (slot) {
-			lose(slot, SAMS_LOST_MISSED_DEATHS);
+			charge_unseen(row, slot);
 			__sync_fetch_and_add(&slot->tasks, -1);
 		}
 		row->slot_id = 0;
 		return 1;
 	}
-	counters = counters_of(slot, row->index, row->state);
+	counters = image_of(row, slot);
 	settle(row, counters, now, dead ? BOUNDARY : FORWARD);
 	if (mm && is_leader(task, BARE)) {
 		peak(counters, mm_rss_pages(mm));
@@ -1144,9 +1219,12 @@ static __always_inline void take_up(struct task_struct *task)
 		return;
 	row.slot_id = slot->id;
 	read_columns(task, TYPED, row.charged);
-	row.index = executable_of(slot, task, TYPED, 0, 0, SCRATCH_ADOPT);
-	if (keep_task(task, TYPED, &row, slot) == KEPT &&
-	    keep_process(task, TYPED, slot, 0, BPF_NOEXIST)) {
+	row.image = SAMS_IMAGE(executable_of(slot, task, TYPED, 0, 0, SCRATCH_ADOPT));
+	if (has_threads(task, TYPED))
+		row.state = SAMS_ROW_THREADED;
+	if (keep_task(task, TYPED, &row, slot) != KEPT)
+		return;
+	if (!row.state || keep_process(task, TYPED, slot, 0)) {
 		__sync_fetch_and_add(&slot->adopted, 1);
 		__sync_fetch_and_add(&slot->live, 1);
 	}

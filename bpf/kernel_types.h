@@ -116,6 +116,7 @@ struct task_io_accounting {
 
 struct signal_struct {
 	atomic_t live;
+	int nr_threads;
 	struct list_head thread_head;
 	unsigned long maxrss;
 };

@@ -120,7 +120,7 @@ STEP climb_next(u32 i __attribute__((unused)), struct climb *climb)
 		return 1;
 	}
 	climb->dentry = component.parent;
-	return climb->whole;
+	return climb->whole & 1; /* a number that the verifier sees to be 0 or 1 */
 }
 
 /* Begin at the file of `task`. Flags of its name, as far as they can be told from here. */
@@ -128,20 +128,28 @@ static __always_inline u32 start(struct climb *climb, struct task_struct *task, 
 {
 	struct mm_struct *mm = LOAD(how, task, mm);
 	struct file *file = mm ? LOAD(how, mm, exe_file) : 0;
+	struct dentry *dentry;
 	struct inode *inode;
+	struct {
+		struct vfsmount *mnt;
+		struct dentry *dentry;
+	} path = {}; /* struct path, so since 2.6.19 */
 
 	__builtin_memset(climb, 0, sizeof(*climb));
 	if (!file)
 		return SAMS_UNKNOWN;
-	climb->dentry = LOAD(how, file, f_path.dentry);
-	climb->mount = container(LOAD(how, file, f_path.mnt), struct mount, mnt);
-	climb->root = READ(climb->mount, mnt.mnt_root);
+	/* As numbers: the verifier does not let typed pointers be reckoned with. */
+	bpf_probe_read_kernel(&path, sizeof(path),
+			      (char *)file + bpf_core_field_offset(struct file, f_path));
+	climb->dentry = path.dentry;
+	climb->mount = container(path.mnt, struct mount, mnt);
+	climb->root = READ(path.mnt, mnt_root);
 	inode = LOAD(how, file, f_inode);
 	climb->sum = mix(mix(option_seed, LOAD(how, inode, i_ino)),
 			 LOAD(how, inode, i_generation));
+	dentry = LOAD(how, file, f_path.dentry);
 	/* hlist_bl_unhashed(): the name has gone from its folder */
-	if (!READ(climb->dentry, d_hash.pprev) &&
-	    READ(climb->dentry, d_parent) != climb->dentry)
+	if (!LOAD(how, dentry, d_hash.pprev) && LOAD(how, dentry, d_parent) != dentry)
 		return SAMS_DELETED;
 	return 0;
 }

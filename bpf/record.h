@@ -31,6 +31,7 @@ enum sams_state {
 	SAMS_ROW_OUTSIDE = 1, /* left the job's cgroup, still followed */
 	SAMS_ROW_NATIVE = 2,  /* forked inside the job */
 	SAMS_ROW_EXITING = 4, /* went through sched_process_exit */
+	SAMS_ROW_THREADED = 8, /* its process has a row of its own */
 };
 
 enum sams_slot_state {
@@ -119,17 +120,23 @@ struct sams_chain_key {
 /* One row per task, threads included; key: the address of its task_struct. */
 struct sams_task {
 	__u32 slot_id;
-	__u32 index;
 	__u32 pid;
 	__u32 tgid;
 	__u32 state;
-	__u32 zero;
+	__u64 image; /* index of its total; and execs and forks that are not in the total yet */
 	__u64 start_ns; /* start_boottime: tells a row from a later task at the same address */
 	__u64 rss_base_pages; /* signal->maxrss when the image began */
 	__u64 charged[SAMS_COLUMNS];
+	__u64 exit_ns;	  /* CPU at its exit: what is charged if its free goes unseen */
+	__u64 died_pages; /* its process died with it, and is not in the total yet: 1 + peak */
 };
+#define SAMS_IMAGE(index) ((__u64)(index) << 32)
+#define SAMS_IMAGE_EXEC	  0x80000000ULL /* it began by an exec */
+#define SAMS_IMAGE_FORKS  0x7fffffffULL
+#define SAMS_IMAGE_OWED	  0xffffffffULL
 
-/* One row per live process; key: the address of its signal_struct. */
+/* One row per live process that has, or had, several threads; key: the address of its
+ * signal_struct. The row of an only thread says all that there is to say. */
 struct sams_process {
 	__u32 slot_id;
 	__u32 state;

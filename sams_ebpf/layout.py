@@ -159,8 +159,8 @@ TOTAL_KEY: Final = struct.Struct("<2I")  # slot_id, index
 NAME_KEY: Final = struct.Struct("<2IQ")  # slot_id, 0, hash
 SPLIT: Final = struct.Struct("<2Q")  # user_ns, system_ns
 CHAIN_KEY: Final = struct.Struct("<2IQ")  # slot_id, flags, sum
-# slot_id, index, pid, tgid, state, 0, start_ns, rss_base_pages, charged…
-TASK: Final = struct.Struct("<6I11Q")
+# slot_id, pid, tgid, state, image, start_ns, rss_base_pages, charged…, exit_ns, died_pages
+TASK: Final = struct.Struct("<4I14Q")
 PROCESS: Final = struct.Struct("<2I")  # slot_id, state
 
 

@@ -34,7 +34,8 @@ static __always_inline s64 running_slice(struct task_struct *current)
 	if (counter < 0)
 		return -1;
 	slice = counter + cost->clock_offset_ns -
-		(s64)(LOAD(TYPED, rq, clock) - LOAD(TYPED, rq, clock_task)) - (s64)LOAD(TYPED, current, se.exec_start);
+		(s64)(LOAD(TYPED, rq, clock) - LOAD(TYPED, rq, clock_task)) -
+		(s64)LOAD(TYPED, current, se.exec_start);
 	return slice > 0 ? slice : 0;
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import time
 import zlib
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from sams_ebpf import bcc_loader
 
 OBJECT: Final = "accounting.bpf.o"
-# For kernels whose verifier refuses the other: without bpf_loop() and fetching atomics.
-OLDER_OBJECT: Final = "accounting-older.bpf.o"
+# In the order in which they are tried, and whether their programs are typed (see
+# bpf/kernel_compat.h). The second is for kernels whose verifier refuses the first: without
+# bpf_loop() and fetching atomics.
+OBJECTS: Final = {OBJECT: True, "accounting-older.bpf.o": False}
 TRACEPOINTS: Final = {
     "on_new_task": "task_newtask",
     "on_exec": "sched_process_exec",
@@ -47,6 +50,7 @@ MAPS: Final = (
     *("jobs", "claims", "splits", "node", "costs"),
 )
 _ZERO: Final = layout.U32.pack(0)
+_log = logging.getLogger(__name__)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,17 +196,7 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
         return _load_with_bcc(options)
     attached = options.attached()
     wanted = attached | set(ITERATORS) | {"on_calibrate"}
-    typed = True
-    try:
-        maps, programs = _load_object(OBJECT, options, wanted)
-    except bpf.BpfError as error:
-        if error.errno in (errno.EPERM, 0):
-            raise
-        try:
-            maps, programs = _load_object(OLDER_OBJECT, options, wanted)
-            typed = False
-        except bpf.BpfError:
-            raise error from None  # of the two, the reason of the one meant for newer kernels
+    maps, programs, typed = _load_first(options, wanted)
     _prepare(maps)
     _calibrate(programs["on_calibrate"], typed=typed)
     links = _attach(programs, attached, typed=typed)
@@ -215,6 +209,26 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
     maps.pop("clocks").close()
     maps.pop("scratch").close()
     return ProgramSet(maps, iterators, links)
+
+
+def _load_first(
+    options: Options, wanted: set[str]
+) -> tuple[dict[str, bpf.Map], dict[str, int], bool]:
+    """Load the first object that the kernel takes; maps, programs, and whether these are typed."""
+    reason: bpf.BpfError | None = None
+    for name, typed in OBJECTS.items():
+        try:
+            maps, programs = _load_object(name, options, wanted)
+        except bpf.BpfError as error:
+            # Of several, the reason of the one meant for newer kernels.
+            reason = reason or error
+            if error.errno in (errno.EPERM, 0):
+                break
+        else:
+            if reason is not None:
+                _log.info("%s is used: %s", name, reason)
+            return maps, programs, typed
+    raise reason or bpf.BpfError("the package was built without BPF objects")
 
 
 def _load_with_bcc(options: Options) -> ProgramSet:

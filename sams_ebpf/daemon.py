@@ -13,6 +13,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final, Self
 
 from sams_ebpf import wire
@@ -67,15 +68,28 @@ class Signals:
 class Places:
     """Where the job's cgroups are now, and what tells of a change.
 
-    locate: gives those that are there. above: folders in which one can appear.
+    locate: gives those that are there. above: folders in which one can appear. mark: a
+    file that is made when the run has ended, if there is such a one.
     """
 
     def __init__(
-        self, locate: Callable[[], list[Cgroup]], above: Callable[[], list[str]], watch: Watch
+        self,
+        locate: Callable[[], list[Cgroup]],
+        above: Callable[[], list[str]],
+        watch: Watch,
+        mark: Path | None = None,
     ) -> None:
         self._locate = locate
         self._above = above
         self._watch = watch
+        self._mark = mark
+
+    def ended(self) -> bool:
+        """Tell whether the run's mark is there; wakes when it is made."""
+        if self._mark is None:
+            return False
+        self._watch.add(str(self._mark.parent))
+        return self._mark.exists()
 
     def look(self, *, around: bool = True) -> list[Cgroup]:
         """Watch, then look: what happens in between is seen by one of the two.
@@ -129,7 +143,7 @@ def wait_for_job(
     deadline = time.monotonic() + grace_period_s
     while True:
         found = places.look()
-        if found or signals.came or time.monotonic() >= deadline:
+        if found or signals.came or places.ended() or time.monotonic() >= deadline:
             return found
         sleeper.until(deadline)
 
@@ -160,7 +174,7 @@ def measure(
         meter.look(found)
         live = meter.live()
         now = time.monotonic()
-        if signals.came is not None:
+        if signals.came is not None or places.ended():
             return wire.Closing(reason="signal", live=live)
         if live:
             empty_since = None

@@ -56,6 +56,9 @@ def folders(root: Path = ROOT) -> list[Path]:
 def open_set(folder: Path) -> ProgramSet:
     """Open a pinned set. Raises BpfError if it is not whole."""
     maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
+    for name in programs.ADDED_MAPS:
+        if (folder / f"map_{name}").exists():
+            maps[name] = bpf.open_map(folder / f"map_{name}")
     bcc = folder.name.startswith("bcc_")
     runs = programs.BY_HAND if bcc else tuple(programs.ITERATORS)
     iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in runs}

@@ -62,9 +62,12 @@ class Opener:
         return self.choice.mode == "bpf"
 
     def _load(self, loader: host.Loader) -> Attempt:
+        # A compiler does not fit into the limits of a collector's unit. It runs once per
+        # boot, in that of `sams-ebpf load`.
+        make = loader != "bcc" or "INVOCATION_ID" not in os.environ
         try:
             with pins.lock():
-                pins.load(self._options, loader, stay=False).close()
+                pins.load(self._options, loader, stay=False, make=make).close()
         except (bpf.BpfError, NotPossibleError) as error:
             return Attempt(loader, False, str(error))
         self._loader = loader

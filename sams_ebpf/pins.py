@@ -112,14 +112,24 @@ def is_of(folder: Path, hierarchy: Hierarchy) -> bool:
 
 
 def load(
-    options: Options, loader: Literal["libbpf", "bcc"], *, stay: bool, root: Path = ROOT
+    options: Options,
+    loader: Literal["libbpf", "bcc"],
+    *,
+    stay: bool,
+    make: bool = True,
+    root: Path = ROOT,
 ) -> ProgramSet:
     """Give the pinned set for these options, loaded if need be; under the lock.
 
     stay: until `unload`, not only while there are jobs. A set of another ABI takes no
-    new jobs from now on.
+    new jobs from now on. make: False: only what is there. Raises BpfError.
     """
     found = find(options, root, loader) or (None if stay else _standing(options.hierarchy, root))
+    if found is None and not make:
+        raise bpf.BpfError(
+            f"{loader}: no programs are loaded, and this unit has no memory to compile them in:"
+            " start sams-ebpf-load.service"
+        )
     if found is None:
         name = programs.abi(options, loader)
         _load_aside(options, loader, name, root)

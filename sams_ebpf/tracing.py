@@ -181,7 +181,7 @@ class BpfMeter:
             unattributed_by={"before_attach": self._claim.before_ns}
             if self._claim.before_ns
             else {},
-            lost=self._lost(slot),
+            lost=self._lost(slot, rows),
             processes=wire.Processes(
                 forks=slot.forks,
                 adopted=slot.adopted,
@@ -252,13 +252,14 @@ class BpfMeter:
             return 0
         return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - self._claim.last_read_ns
 
-    def _lost(self, slot: layout.Slot) -> dict[str, int]:
+    def _lost(self, slot: layout.Slot, rows: list[tuple[int, layout.Total]]) -> dict[str, int]:
         lost = {name: count for name, count in slot.lost.items() if count}
         if self._programs.node().tripped:
             lost["programs_tripped"] = 1
         ended_ns = self._run_ended_ns
         if ended_ns is not None and slots.remade_ns(self._programs, slot) > ended_ns:
-            lost[LATER_RUN] = max(1, self._claim.last_ns)
+            # Its cgroup's counter, or all there is where that went unread.
+            lost[LATER_RUN] = self._claim.last_ns if self._is_ours() else self._inside(rows)
         return lost
 
     def close(self) -> None:

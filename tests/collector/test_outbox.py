@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shipping import Receiver, configure, fill, once, service, until, waiting
 
-from sams_ebpf import config, outbox, post, ship, spool, wire
+from sams_ebpf import config, outbox, post, rejected, ship, spool, wire
 from sams_ebpf.inotify import Arrivals
 from sams_ebpf.progress import Progress
 
@@ -360,6 +360,46 @@ def test_what_is_set_aside_has_a_quota(folder: Path) -> None:
     left = list((folder / "rejected").iterdir())
     assert 0 < sum(-(-file.stat().st_size // 4096) * 4096 for file in left) <= 64 << 10
     assert waiting(folder) == []
+    box.close()
+
+
+def test_what_finds_no_room_among_the_set_aside_is_told(folder: Path) -> None:
+    """A receiver that refuses everything: nothing goes without a tombstone and a count."""
+    fill(folder, 30)
+    names = waiting(folder)
+    box = opened(folder, rejected_max_bytes=64 << 10)
+    box.register("other", required=True, offer=lambda _name: None, away=lambda: False)
+    for name in sorted(names):
+        data = box.read(name)
+        assert data is not None
+        assert box.refuse("main", name, data, "400 no")
+    left = rejected.kept(folder / "rejected")
+    gone = rejected.tally(folder / "shipper" / rejected.TALLY)
+    assert len(left) + gone.batches == 30
+    assert sum(one.bytes for one in left) <= 64 << 10
+    told = [batch.dropped for batch in tombstones(folder) if batch.dropped is not None]
+    assert {one.reason for one in told} == {"rejected"}
+    sequences = [n for one in told for n in range(one.first_sequence, one.last_sequence + 1)]
+    assert sorted(sequences) == list(range(gone.batches))
+    assert tombstones(folder)[0].claims.job_id == 5
+    box.close()
+    # The other receiver still gets the originals, also from the next shipper.
+    again = opened(folder)
+    again.finish_losses()
+    assert set(names) <= set(waiting(folder))
+    again.close()
+
+
+def test_a_tombstone_that_is_refused_brings_no_other(folder: Path) -> None:
+    fill(folder, 40)
+    box = opened(folder, max_bytes=64 << 10, rejected_max_bytes=4096)
+    box.keep_bounds()
+    (name,) = (name for name in waiting(folder) if name.endswith("-tombstone.msgpack"))
+    data = box.read(name)
+    assert data is not None
+    assert box.refuse("main", name, data, "400 no")
+    assert tombstones(folder) == []
+    assert rejected.tally(folder / "shipper" / rejected.TALLY).batches == 1
     box.close()
 
 

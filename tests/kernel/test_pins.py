@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sams_ebpf import cgroups, layout, pins, slots, wire
+from sams_ebpf import bpf, cgroups, layout, pins, slots, wire
 from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.programs import Options, ProgramSet
 from sams_ebpf.tracing import BpfMeter
@@ -310,3 +310,14 @@ def test_a_half_pinned_set_is_collected(node: Node) -> None:
     unfinished = node.root / "0123456789abcdef-v2-new"
     unfinished.mkdir(parents=True)
     assert node.collect_garbage() == [unfinished.name]
+
+
+def test_a_collector_s_unit_compiles_nothing(node: Node) -> None:
+    options = Options(hierarchy=node.tree, quota=100, tasks=512)
+    with pins.lock(), pytest.raises(bpf.BpfError, match=r"start sams-ebpf-load\.service"):
+        pins.load(options, "bcc", stay=False, make=False, root=node.root)
+    loaded = node.load()
+    with pins.lock():
+        # Whatever compiled or loaded it: what stays for this tree is used.
+        pins.load(options, "bcc", stay=False, make=False, root=node.root).close()
+    loaded.close()

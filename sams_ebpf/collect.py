@@ -150,6 +150,11 @@ class Collector:
         )
         program.notify("READY=1")
         _log.info("taken up in mode %s, generation %d", meter.mode, meter.generation)
+
+        def end_run() -> None:
+            if isinstance(meter, BpfMeter):
+                meter.end_run(self._ended_ns())
+
         closing = daemon.measure(
             meter,
             out,
@@ -159,9 +164,9 @@ class Collector:
             interval_s=self._site.collector.interval_s,
             grace_period_s=self._site.collector.grace_period_s,
             in_kernel=self._opener.in_kernel,
+            on_mark=end_run,
         )
-        if isinstance(meter, BpfMeter):
-            meter.end_run(self._ended_ns())
+        end_run()
         if not out.write(closing):
             # What was counted stays where it is, for whoever comes next.
             raise PartialError(f"job {self._instance}: ended, and its last batch was not written")

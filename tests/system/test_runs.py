@@ -11,6 +11,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -42,13 +43,13 @@ class Job:
         self.folder = f"{PARENT}/job_{self.id}"
         self.runs = 0
 
-    def prolog(self) -> str:
+    def prolog(self, restart: int | None = None) -> str:
         """Give the new run's instance."""
         instance = f"{self.id}.{self.runs}" if self.runs else str(self.id)
         lines = {
             "SAMS_EBPF_UPTIME": uptime(),
             "SLURM_JOB_ID": str(self.id),
-            "SLURM_JOB_RESTART_COUNT": str(self.runs),
+            "SLURM_JOB_RESTART_COUNT": str(self.runs if restart is None else restart),
         }
         text = "".join(f"{key}={value}\0" for key, value in lines.items())
         self.node.machine.write(f"{JOBS}/{instance}/env", text)
@@ -81,6 +82,34 @@ class Job:
     def run_of(self, number: int) -> list[Run]:
         """Epochs of one run."""
         return [run for run in self.node.of(self.id) if run.claims.restart_count == number]
+
+
+def collectors(job: Job, instance: str) -> list[int]:
+    """Host PIDs of the collectors of a run."""
+    found = job.node.machine.processes().items()
+    line = f"--jobid {instance} "
+    return [pid for pid, text in found if "collect" in text and line in text]
+
+
+@contextmanager
+def busy(job: Job) -> Iterator[list[int]]:
+    """A process in the job's cgroup for as long as this lasts; host PIDs."""
+    leaf = f"{job.folder}/step_0/user/task_0"
+    command = f"mkdir -p {leaf}; echo $$ > {leaf}/cgroup.procs; exec {BIN}/burn 600000"
+    process = job.node.machine.spawn(["/bin/sh", "-c", command])
+
+    def pids() -> list[int]:
+        found = job.node.machine.processes().items()
+        return [pid for pid, text in found if f"{BIN}/burn 600000" in text]
+
+    try:
+        wait_for("the process", pids)
+        yield pids()
+    finally:
+        for pid in pids():
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        job.remove()
 
 
 @pytest.fixture
@@ -158,22 +187,16 @@ def test_a_collector_that_was_deaf_when_the_next_run_began(job: Job) -> None:
     collector = job.node.machine.spawn(job.command(first))
     try:
         job.work("short=10", "burn=60")
-        line = f"--jobid {first} "
-
-        def pids() -> list[int]:
-            found = job.node.machine.processes().items()
-            return [pid for pid, text in found if "collect" in text and line in text]
-
-        wait_for("the collector", pids)
+        wait_for("the collector", lambda: collectors(job, first))
         wait_for("the claim", lambda: job.node.status()["programs"]["sets"][0]["unclaimed"] == 0)
-        for pid in pids():
+        for pid in collectors(job, first):
             os.kill(pid, signal.SIGSTOP)
         job.epilog(first)
         second = job.prolog()
         job.work("short=20", "burn=400")
         # nsenter(1) has stopped itself along with it.
         collector.send_signal(signal.SIGCONT)
-        for pid in pids():
+        for pid in collectors(job, first):
             os.kill(pid, signal.SIGCONT)
         assert collector.wait(60) == 0
     finally:
@@ -186,3 +209,39 @@ def test_a_collector_that_was_deaf_when_the_next_run_began(job: Job) -> None:
     job.epilog(second)
     job.collect(second)
     assert job.run_of(1) == []
+
+
+def test_sampled_runs_do_not_continue_each_other(job: Job) -> None:
+    """The first run's collector was lost for good; the second run's unit has the same name."""
+    node = job.node
+    node.configure(mode="proc", interval_s=1)
+    try:
+        first = job.prolog()
+        with busy(job) as processes:
+            collector = node.machine.spawn(job.command(first))
+            wait_for("a batch", lambda: job.run_of(0))
+            for pid in collectors(job, first):
+                os.kill(pid, signal.SIGKILL)
+            collector.communicate()
+        assert processes
+        node.machine.run(["rm", "-r", f"{JOBS}/{first}"])
+        job.runs = 0  # the folder is gone: the name is free
+        second = job.prolog(restart=1)
+        assert second == first
+        collector = node.machine.spawn(job.command(second))
+        with busy(job):
+            wait_for("a batch of the second run", lambda: job.run_of(1))
+            job.epilog(second)
+        _, errors = collector.communicate(timeout=60)
+        assert collector.returncode == 0, errors
+    finally:
+        node.configure()
+    (lost,), (run,) = job.run_of(0), job.run_of(1)
+    assert lost.last.final is not None
+    assert lost.last.final.reason == "collector-lost"
+    assert lost.ledger.lost["collector_lost_window_ns"] > 0
+    assert "an earlier run's collector was lost" in errors
+    assert run.last.epoch != lost.last.epoch
+    assert run.last.generation == 1
+    assert len(run.finals) == len(lost.finals) == 1
+    assert not list(node.machine.path("/var/lib/sams-ebpf").glob("proc-*"))

@@ -95,6 +95,13 @@ class Outbox:
                 f"spool.folder: {error.filename}: {error.strerror}: "
                 "the folder has to exist and be writable by the shipper"
             ) from error
+        if not os.access(settings.folder, os.W_OK | os.X_OK):
+            # Sent without end: what was acknowledged could not be deleted.
+            os.close(self._lock_fd)
+            raise UsageError(
+                f"spool.folder: {settings.folder}: user {os.geteuid()} cannot write to it:"
+                " it has to belong to the shipper's group, mode 2770"
+            )
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -109,8 +109,8 @@ class Listening:
             server.close()
 
     def remove(self) -> None:
-        """Leave no socket behind in the file system."""
-        if self._front.listener.unix is not None:
+        """Leave no socket of its own behind in the file system."""
+        if self._front.listener.unix is not None and self._servers:
             self._front.listener.unix.unlink(missing_ok=True)
 
 

@@ -78,6 +78,9 @@ async def serve(settings: Receiver) -> None:
         limits=settings.segments.limits(),
         aside_bytes=settings.quotas.aside_bytes,
     )
+    partitions = appender.archive.manifest.partitions
+    if partitions != settings.partitions:
+        log.info("%s: has %d partitions, which is fixed", settings.archive, partitions)
     store = Store(
         appender,
         window_ns=settings.duplicates_days * _DAY_NS,

@@ -352,6 +352,25 @@ def test_a_spool_gone_read_only_deletes_nothing_and_sends_nothing_twice(
     assert (len(receiver.stored), receiver.conflicts) == (5, 0)
 
 
+def test_a_spool_that_is_not_the_shipper_s_is_refused_at_once(folder: Path) -> None:
+    """Made by a run as root, say: else it would send everything again and again."""
+    opened(folder).close()
+    folder.chmod(0o755)
+    file = configure(folder.parent / "c.yaml", folder, {"main": {"url": "http://127.0.0.1:9"}})
+    for path in (folder.parent, *folder.parents[:3]):
+        path.chmod(0o755)
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", *shipping.COMMAND, str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"spool.folder: {folder}: user 65534 cannot write to it" in line
+
+
 def test_what_is_set_aside_has_a_quota(folder: Path) -> None:
     for at in range(30):
         (folder / f"junk{at}.msgpack").write_bytes(b"x" * 5000)

@@ -246,6 +246,15 @@ def test_a_restart_gives_nobody_a_new_day(tmp_path: Path) -> None:
         assert "today's quotas begin anew" in line
 
 
+def test_a_file_at_the_socket_s_place_is_left_alone(tmp_path: Path) -> None:
+    place = tmp_path / "http.sock"
+    place.write_text("somebody's")
+    receiver = Receiver(tmp_path, listen=[{"address": f"unix:{place}", "proxy": {}}])
+    with receiver, pytest.raises(AssertionError, match="cannot listen on unix:"):
+        receiver.start()
+    assert place.read_text() == "somebody's"
+
+
 def test_nodes_that_share_one_name_have_quotas_of_their_own(tmp_path: Path) -> None:
     quotas = {"writers_per_day": 1}
     with Receiver(tmp_path, quotas=quotas).start() as receiver:

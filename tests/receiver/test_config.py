@@ -48,6 +48,10 @@ def test_defaults(tmp_path: Path) -> None:
         ({"listen": [{"address": "127.0.0.1:1", "proxy": {}}]}, "any local user"),
         ({"listen": [{"address": "unix:/x", "mode": "rw"}]}, "write it as '0660'"),
         ({"tokens_file": None}, "nobody could get in"),
+        (
+            {"listen": [{"address": "h:1", "tls": {"certificate": "c", "key": "k", "crl": "l"}}]},
+            r"listen\[0\]\.tls\.crl: without client_ca",
+        ),
         ({"names": [{"match": "(x"}]}, "not a regular expression"),
         ({"names": [{"match": "x"}]}, "has no group"),
         ({"limits": {"batch_bytes": 1 << 40}}, "batch_bytes"),

@@ -111,6 +111,14 @@ def check(run: Run, figures: dict[str, int], *, slack_ns: int = 0) -> None:
     outside = [r for r in last.records if r.flags & wire.OUTSIDE]
     assert all(b"slurmstepd" in r.path for r in outside)
     assert ledger.attributed_cpu_ns == sum(r.cpu_ns for r in last.records if r not in outside)
+    stepd = sum(r.cpu_ns for r in last.records if b"slurmstepd" in r.path)
+    print(
+        f"LEDGER cgroup {(ledger.cgroup_cpu_ns or 0) / 1e6:.3f} ms, unattributed"
+        f" {(ledger.unattributed_cpu_ns or 0) / 1e6:.3f} ms, moves"
+        f" {last.processes and (last.processes.moved_in, last.processes.moved_out)},"
+        f" slurmstepd {stepd / 1e6:.3f} ms, outside {sum(r.cpu_ns for r in outside) / 1e6:.3f},"
+        f" lost {ledger.lost}, age {ledger.age_ns}, cpu off {(measured - truth) / 1e6:.3f} ms"
+    )
     if ledger.cgroup_cpu_ns is not None:
         # slurmstepd moves itself in and out: up to a tick per move goes to the wrong side of
         # the boundary (docs/kernel-side.md, "Not closed here").

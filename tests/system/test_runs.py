@@ -24,7 +24,7 @@ from sams_ebpf import tracing
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
-PARENT = "/sys/fs/cgroup/system.slice/slurmstepd.scope"
+PARENT = "/sys/fs/cgroup/system.slice/n1_slurmstepd.scope"
 IDS = count(5000)
 # How long the kernel side takes an unclaimed job's new cgroup for the same run's.
 SAME_RUN_S = 5
@@ -215,6 +215,7 @@ def test_sampled_runs_do_not_continue_each_other(job: Job) -> None:
     """The first run's collector was lost for good; the second run's unit has the same name."""
     node = job.node
     node.configure(mode="proc", interval_s=1)
+    node.machine.run([PROGRAM, "unload"])
     try:
         first = job.prolog()
         with busy(job) as processes:
@@ -236,6 +237,7 @@ def test_sampled_runs_do_not_continue_each_other(job: Job) -> None:
         assert collector.returncode == 0, errors
     finally:
         node.configure()
+        node.machine.run([PROGRAM, "load"])
     (lost,), (run,) = job.run_of(0), job.run_of(1)
     assert lost.last.final is not None
     assert lost.last.final.reason == "collector-lost"

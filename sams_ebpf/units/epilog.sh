@@ -18,7 +18,7 @@ for folder in "$jobs/$SLURM_JOB_ID" "$jobs/$SLURM_JOB_ID".*; do
 	[ -d "$folder" ] || continue
 	# For a collector that has not been started yet: it closes the job at once. And the time
 	# tells it what is not this run's any more.
-	[ -e "$folder/ended" ] || echo "$now" >"$folder/ended"
+	{ [ -e "$folder/ended" ] || echo "$now" >"$folder/ended"; } 2>/dev/null
 	[ "$folder" = "$jobs/$SLURM_JOB_ID" ] || units="$units sams-ebpf@${folder##*/}.service"
 done
 # fail: a start that is still waiting its turn is not cancelled, see above.

@@ -28,7 +28,8 @@ umask 077
 until mkdir "$jobs/$run" 2>/dev/null; do
 	[ -d "$jobs/$run" ] || break # no $jobs at all: the unit says so, and counts all the same
 	earlier="$earlier sams-ebpf@$run.service"
-	[ -e "$jobs/$run/ended" ] || echo "$now" >"$jobs/$run/ended"
+	# Its unit may end this moment, and the folder with it. (Not `:`, which ends a shell then.)
+	{ [ -e "$jobs/$run/ended" ] || echo "$now" >"$jobs/$run/ended"; } 2>/dev/null
 	number=$((number + 1))
 	[ "$number" -lt 100 ] || exit 0
 	run=$SLURM_JOB_ID.$number

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import logging
+import math
 import os
 import re
 import stat
@@ -47,10 +48,15 @@ class CorruptError(Exception):
 class _Waiting(NamedTuple):
     entry: spool.Entry
     bytes: int
-    # Age when it was first seen, and the moment of that on a clock that nobody sets:
-    # a node whose wall clock is put right at boot does not lose what it measured before.
+    # Age when it was first seen, the moment of that on a clock that nobody sets, and when it
+    # was written.
     age_s: float
     seen_s: float
+    mtime_s: float
+
+    def age_now_s(self, wall_s: float, now_s: float) -> float:
+        """Age by the kinder clock: the wall's may have jumped since, or been wrong then."""
+        return min(self.age_s + now_s - self.seen_s, max(0.0, wall_s - self.mtime_s))
 
 
 class _Reader(NamedTuple):
@@ -226,8 +232,11 @@ class Outbox:
             for name in list(self._waiting):
                 self._delete_if_done(name)
 
-    def keep_bounds(self) -> None:
-        """Give up what does not fit, as `pressure.plan` says; leave a tombstone for losses."""
+    def keep_bounds(self, *, by_age: bool = True) -> None:
+        """Give up what does not fit, as `pressure.plan` says; leave a tombstone for losses.
+
+        by_age: whether the clock can be believed, for the bound on age.
+        """
         with self.lock:
             now = _clock()
             shortage = self._shortage()
@@ -235,14 +244,15 @@ class Outbox:
             if within and now - self._looked_s < _AGE_CHECK_S:
                 return
             self._looked_s = now
+            wall = time.time()
             items = [
-                pressure.Item(item.entry, item.bytes, item.age_s + now - item.seen_s)
+                pressure.Item(item.entry, item.bytes, item.age_now_s(wall, now))
                 for item in self._waiting.values()
             ]
             plan = pressure.plan(
                 items,
                 max_bytes=self._settings.max_bytes,
-                max_age_s=self._settings.max_age_s,
+                max_age_s=self._settings.max_age_s if by_age else math.inf,
                 shortage=shortage,
                 holds_all=self._holds_all,
             )
@@ -308,7 +318,8 @@ class Outbox:
             return False
         size = -(-status.st_size // _BLOCK) * _BLOCK
         self._bytes += size
-        self._waiting[name] = _Waiting(entry, size, max(0.0, moment - status.st_mtime), now)
+        age_s = max(0.0, moment - status.st_mtime)
+        self._waiting[name] = _Waiting(entry, size, age_s, now, status.st_mtime)
         return True
 
     def _load_progress(self) -> None:

@@ -93,11 +93,33 @@ def test_too_old_is_told_by_a_clock_that_nobody_sets(folder: Path) -> None:
     # Once seen, a file ages by the clock that nobody sets, whatever its time says.
     young = next(name for name in waiting(folder) if not name.endswith("tombstone.msgpack"))
     os.utime(folder / young, (0, 0))
-    box.keep_bounds()
     box.scan()
+    box._looked_s = float("-inf")  # it would look again after a minute
     box.keep_bounds()
     assert young in waiting(folder)
     box.close()
+
+
+def test_a_clock_that_was_wrong_makes_nothing_old(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At boot, before the time was set; and a jump while batches wait."""
+    fill(folder, 2)
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + 10 * 365 * 86400)
+    box = opened(folder, max_age_s=86400)
+    box.keep_bounds(by_age=False)
+    monkeypatch.setattr(time, "time", right)
+    box._looked_s = float("-inf")  # it would look again after a minute
+    box.keep_bounds()
+    box.close()
+    # It jumps after the shipper has seen them.
+    box = opened(folder, max_age_s=86400)
+    monkeypatch.setattr(time, "time", lambda: right() + 10 * 365 * 86400)
+    box.keep_bounds()
+    box.close()
+    assert tombstones(folder) == []
+    assert len(waiting(folder)) == 2
 
 
 def test_sequences_of_tombstones_are_never_used_twice(folder: Path) -> None:

@@ -169,7 +169,9 @@ class Collector:
         end_run()
         if not out.write(closing):
             # What was counted stays where it is, for whoever comes next.
-            raise PartialError(f"job {self._instance}: ended, and its last batch was not written")
+            raise PartialError(
+                f"{out.problem}; job {self._instance} has ended, its counts are kept for later"
+            )
         meter.close()
         self._write_sams_json(out.last)
         _log.info("ended: %s, %d processes alive", closing.reason, closing.live)

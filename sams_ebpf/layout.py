@@ -16,6 +16,9 @@ PARENTS: Final = 8
 SLOTS: Final = 512
 OVERFLOW: Final = 0xFFFFFFFF
 SLOT_USED: Final = 1
+# enum sams_claim_flag
+CLAIM_BY_HAND: Final = 1
+CLAIM_ENDED: Final = 2
 
 CONTROLLERS: Final = {
     "v2": 0,
@@ -114,7 +117,7 @@ class Claim(NamedTuple):
     slot_id: int = 0
     generation: int = 0
     pid: int = 0
-    private: int = 0
+    flags: int = 0
     begin_ns: int = 0
     before_ns: int = 0
     past_ns: int = 0

@@ -56,6 +56,9 @@ def folders(root: Path = ROOT) -> list[Path]:
 def open_set(folder: Path) -> ProgramSet:
     """Open a pinned set. Raises BpfError if it is not whole."""
     maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
+    for name in programs.ADDED_MAPS:
+        if (folder / f"map_{name}").exists():
+            maps[name] = bpf.open_map(folder / f"map_{name}")
     bcc = folder.name.startswith("bcc_")
     runs = programs.BY_HAND if bcc else tuple(programs.ITERATORS)
     iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in runs}
@@ -109,14 +112,24 @@ def is_of(folder: Path, hierarchy: Hierarchy) -> bool:
 
 
 def load(
-    options: Options, loader: Literal["libbpf", "bcc"], *, stay: bool, root: Path = ROOT
+    options: Options,
+    loader: Literal["libbpf", "bcc"],
+    *,
+    stay: bool,
+    make: bool = True,
+    root: Path = ROOT,
 ) -> ProgramSet:
     """Give the pinned set for these options, loaded if need be; under the lock.
 
     stay: until `unload`, not only while there are jobs. A set of another ABI takes no
-    new jobs from now on.
+    new jobs from now on. make: False: only what is there. Raises BpfError.
     """
     found = find(options, root, loader) or (None if stay else _standing(options.hierarchy, root))
+    if found is None and not make:
+        raise bpf.BpfError(
+            f"{loader}: no programs are loaded, and this unit has no memory to compile them in:"
+            " start sams-ebpf-load.service"
+        )
     if found is None:
         name = programs.abi(options, loader)
         _load_aside(options, loader, name, root)

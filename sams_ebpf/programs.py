@@ -44,6 +44,8 @@ TRACEPOINTS: Final = {
 # Keeps the clock for those that BCC compiled (see bpf/clock.h).
 BCC_TRACEPOINTS: Final = {"on_wakeup_new": "sched_wakeup_new"}
 BY_HAND: Final = ("harvest", "find", "adopt")
+# Not in sets that an earlier version loaded.
+ADDED_MAPS: Final = ("remade",)
 ITERATORS: Final = {"harvest": "tasks", "adopt": None}
 MAPS: Final = (
     *("tasks", "processes", "totals", "names", "chains", "cgroups", "slots", "free_slots"),

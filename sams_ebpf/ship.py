@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 # The folder is watched; this is for what the watch may miss, and for retries of deletions.
 _RESCAN_S = 3600.0
 _LOOK_S = 60.0
+_CLOCK_S = 3600.0
 _GRACE_S = 5.0
 _REPEAT_S = 600.0
 # So many refusals without a success in between look like a receiver that is wrong, not
@@ -268,6 +269,7 @@ class Service:
         self._settings = settings
         self._outbox = outbox
         self._stopping = False
+        self._began_s = time.monotonic()
         self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # Jitter only has to differ from node to node.
         self._chance = random.Random()  # noqa: S311
@@ -281,6 +283,7 @@ class Service:
         if not self._couriers:
             raise UsageError("ship.receivers: none is configured, so there is nowhere to send to")
         self._begin()
+        self._outbox.keep_bounds()
         threads = [threading.Thread(target=one.once, daemon=True) for one in self._couriers]
         for thread in threads:
             thread.start()
@@ -304,6 +307,7 @@ class Service:
         signal.signal(signal.SIGHUP, self._on_hurry)
         try:
             self._begin()
+            self._keep_bounds()
             for courier in self._couriers:
                 courier.thread.start()
             if not self._couriers:
@@ -321,7 +325,10 @@ class Service:
         self._outbox.scan()
         self._outbox.finish_losses()
         self._outbox.clean()
-        self._outbox.keep_bounds()
+
+    def _keep_bounds(self) -> None:
+        """At boot the wall clock may be wrong: nothing is too old before it was put right."""
+        self._outbox.keep_bounds(by_age=time.monotonic() - self._began_s > _CLOCK_S)
 
     def _watch(self, watch: inotify.Arrivals) -> None:
         poll = select.poll()
@@ -339,7 +346,7 @@ class Service:
                 self._outbox.scan()
             else:
                 self._outbox.arrived(names)
-            self._outbox.keep_bounds()
+            self._keep_bounds()
             for courier in self._couriers:
                 if not courier.thread.is_alive() and not self._stopping:
                     raise SamsError(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from sams_ebpf import bpf, config, layout, leftovers, paths, pins, slots, spool, wire
+from sams_ebpf import bpf, config, layout, leftovers, paths, pins, rejected, slots, spool, wire
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,13 +31,19 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Spool(msgspec.Struct, frozen=True, kw_only=True):
-    """What waits in the spool folder; None where it cannot be read."""
+    """What waits in the spool folder; None where it cannot be read.
+
+    aside: batches set aside, damaged or refused for good; gone: those of them for which
+    there was no room.
+    """
 
     folder: str
     batches: dict[str, int] | None
     bytes: int | None
     oldest_age_s: float | None
     max_bytes: int
+    aside: int | None = None
+    gone: rejected.Tally = rejected.Tally()
 
 
 class ProgramSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,7 +178,18 @@ def _spool(limits: config.Spool, now_ns: int) -> Spool:
         bytes=size,
         oldest_age_s=None if oldest is None else max(0, now_ns - oldest) / 1e9,
         max_bytes=limits.max_bytes,
+        aside=_aside(limits.folder / rejected.FOLDER),
+        gone=rejected.tally(limits.folder / "shipper" / rejected.TALLY),
     )
+
+
+def _aside(folder: Path) -> int | None:
+    try:
+        return sum(one.batch is not None for one in rejected.kept(folder))
+    except FileNotFoundError:
+        return 0
+    except OSError:
+        return None
 
 
 def _unread(limits: config.Spool) -> Spool:
@@ -237,7 +254,13 @@ def _spool_lines(state: Spool) -> Iterable[str]:
     text += f"{state.bytes / 1e6:.1f} of {state.max_bytes / 1e6:.0f} MB"
     if state.oldest_age_s is not None:
         text += f", oldest {span(state.oldest_age_s)} ago"
-    return [text]
+    lines = [text]
+    if state.aside or state.gone.batches:
+        text = f"rejected: {_or_dash(state.aside)} batches set aside, see the .reason beside each"
+        if state.gone.batches:
+            text += f"; {state.gone.batches} more found no room since {state.gone.since}"
+        lines.append(text)
+    return lines
 
 
 def _program_lines(loaded: Programs) -> Iterable[str]:

@@ -9,6 +9,13 @@ from __future__ import annotations
 import struct
 from typing import Final, NamedTuple
 
+# Of all that stands in the maps. It is part of a pinned set's name, and sets of another one
+# are left to the collectors that can read them. What a slot and the node's row begin with
+# (Slot.id and .state; Node.tripped, .closed and .stay) is the same in every version.
+VERSION: Final = 1
+SLOT_BEGIN: Final = struct.Struct("<2I")
+NODE_BEGIN: Final = struct.Struct("<3I")
+
 PATH_MAX: Final = 1024
 SCRIPT_MAX: Final = 256
 CGROUP_PATH: Final = 256

@@ -73,8 +73,7 @@ def claim(programs: ProgramSet, slot: layout.Slot) -> layout.Claim:
 
 def remade_ns(programs: ProgramSet, slot: layout.Slot) -> int:
     """CLOCK_BOOTTIME at which the job's cgroup was last made again; 0: it was not."""
-    remade = programs.maps.get("remade")
-    data = None if remade is None else remade.lookup(layout.U32.pack(slot.id & _INDEX))
+    data = programs.maps["remade"].lookup(layout.U32.pack(slot.id & _INDEX))
     return layout.U64.unpack(data)[0] if data else 0
 
 

@@ -69,9 +69,13 @@ class ProgramSet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Programs(msgspec.Struct, frozen=True, kw_only=True):
-    """What is in the kernel; `unread`: why it could not be told."""
+    """What is in the kernel; `unread`: why it could not be told.
+
+    others: names of sets that another version of the product loaded and can read.
+    """
 
     sets: list[ProgramSet] = []
+    others: list[str] = []
     slots_used: int = 0
     unread: str | None = None
 
@@ -107,10 +111,15 @@ def read(site: config.Config, now_ns: int, loaded: Programs) -> Status:
 def programs() -> Programs:
     """Look at the pinned sets; without privileges, say that they cannot be seen."""
     try:
-        sets = [_set(folder) for folder in pins.folders()]
+        folders = pins.folders()
+        sets = [_set(folder) for folder in folders if pins.is_readable(folder)]
     except (bpf.BpfError, PermissionError) as error:
         return Programs(unread=str(error))
-    return Programs(sets=sets, slots_used=sum(one.slots_used for one in sets))
+    return Programs(
+        sets=sets,
+        others=[folder.name for folder in folders if not pins.is_readable(folder)],
+        slots_used=sum(one.slots_used for one in sets),
+    )
 
 
 def _set(folder: Path) -> ProgramSet:
@@ -266,9 +275,10 @@ def _spool_lines(state: Spool) -> Iterable[str]:
 def _program_lines(loaded: Programs) -> Iterable[str]:
     if loaded.unread is not None:
         return [f"programs: cannot be seen: {loaded.unread}"]
-    if not loaded.sets:
-        return ["programs: none loaded; `sams-ebpf load` counts jobs from their first process on"]
-    return [_program_line(one) for one in loaded.sets]
+    lines = [_program_line(one) for one in loaded.sets]
+    lines += [f"programs {name}: of another version, goes with its jobs" for name in loaded.others]
+    nothing = "programs: none loaded; `sams-ebpf load` counts jobs from their first process on"
+    return lines or [nothing]
 
 
 def _program_line(one: ProgramSet) -> str:

@@ -39,7 +39,7 @@ def clear(site: config.Config) -> int:
 
 def _overdue(after_s: float) -> Iterator[tuple[ProgramSet, layout.Slot]]:
     now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    for folder in pins.folders():
+    for folder in filter(pins.is_readable, pins.folders()):
         try:
             used = pins.open_set(folder)
         except bpf.BpfError as error:

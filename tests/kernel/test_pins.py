@@ -125,6 +125,25 @@ def test_a_new_version_takes_new_jobs_and_the_old_one_finishes_its_own(node: Nod
     new.close()
 
 
+def test_a_set_of_another_version_is_left_to_its_own_collectors(node: Node) -> None:
+    old = node.load(quota=100)
+    first = node.job("job_1")
+    work(first, 5)
+    (folder,) = pins.folders(node.root)
+    stranger = folder.rename(folder.with_name(folder.name.replace(f"v{layout.VERSION}_", "v0_")))
+    with pytest.raises(bpf.BpfError, match="another version"):
+        pins.open_set(stranger)
+    new = node.load(quota=101)
+    assert (old.node().closed, old.node().stay, new.node().stay) == (1, 0, 1)
+    assert node.collect_garbage() == [], "the other version's job goes on"
+    ledger, _, meter = account(old, first)  # as its own collector would, which has it open
+    assert closes(ledger), ledger
+    meter.close()
+    assert node.collect_garbage() == [stranger.name]
+    old.close()
+    new.close()
+
+
 def test_a_job_is_counted_from_its_first_process_before_anyone_claims_it(node: Node) -> None:
     programs = node.load()
     job = node.job("job_42")

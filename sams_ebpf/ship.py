@@ -39,6 +39,7 @@ _LOOK_S = 60.0
 _CLOCK_S = 3600.0
 _GRACE_S = 5.0
 _REPEAT_S = 600.0
+_SHORT_S = 60.0
 # So many refusals without a success in between look like a receiver that is wrong, not
 # batches that are: slow down rather than set the whole spool aside.
 _REFUSALS = 8
@@ -123,7 +124,9 @@ class Courier:
         self._hurry = False
         self._refusals = 0
         self._since = 0.0
+        # Reason and time of the last complaint, and whether it was about this failure.
         self._said: tuple[str, float] = ("", float("-inf"))
+        self._told = False
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         outbox.register(name, required=receiver.required, offer=self.offer, away=lambda: self.away)
 
@@ -243,8 +246,12 @@ class Courier:
         if answer.outcome in (Outcome.STORED, Outcome.REFUSED):
             if self.failing:
                 self.failing = False
-                log.info("receiver %s: works again after %.0f s", self.name, now - self._since)
-                self._said = ("", float("-inf"))
+                if self._told:
+                    log.info("receiver %s: works again after %.0f s", self.name, now - self._since)
+                # One that says "not so fast" while it is sent a backlog is no news each time.
+                if now - self._since > _SHORT_S:
+                    self._said = ("", float("-inf"))
+                self._told = False
             return False
         if self._stopped:
             return True
@@ -254,6 +261,7 @@ class Courier:
         reason, said = self._said
         if answer.reason != reason or now - said > _REPEAT_S:
             self._said = (answer.reason, now)
+            self._told = True
             denied = "does not let this node in" if answer.outcome is Outcome.DENIED else "failed"
             kept = "kept, will be tried again" if self._required else "not required, dropped for it"
             log.warning(

@@ -191,8 +191,9 @@ def age(programs: ProgramSet, slot: layout.Slot, by_ns: int) -> None:
     index = layout.U32.pack(slot.id & 0xFFF)
     data = programs.maps["slots"].lookup(index)
     assert data is not None
-    born = layout.U64.pack(slot.birth_ns - by_ns)
-    programs.maps["slots"].update(index, data[:16] + born + data[24:])
+    before, after = (layout.U64.pack(ns) for ns in (slot.birth_ns, slot.birth_ns - by_ns))
+    assert data.count(before) == 1
+    programs.maps["slots"].update(index, data.replace(before, after))
 
 
 def test_a_run_that_has_ended_gets_nothing_of_the_next_run_at_the_same_path(node: Node) -> None:

@@ -15,7 +15,7 @@ from sams_aggregator.manifest import Manifest, Store
 from sams_aggregator.rules import Rules
 from sams_aggregator.show import Column, Report, hours
 from sams_ebpf import paths, wire
-from sams_ebpf.errors import SamsError
+from sams_ebpf.errors import SamsError, UsageError
 
 _SUMS: Final = [name for name in wire.COUNTERS if name not in wire.MAXIMA]
 
@@ -55,6 +55,7 @@ def runs(
     """Every run of a job id, in order of start; by `rules` with the software it is."""
     connection = tables.connect(threads=1)
     _open(connection, view, site, job_id)
+    _one_cluster(connection, job_id, cluster)
     where = f"WHERE job_id = {int(job_id)}"
     if cluster is not None:
         where += f" AND cluster = {tables.quoted(cluster)}"
@@ -62,6 +63,16 @@ def runs(
         connection.execute(f"SELECT * FROM run {where} ORDER BY start_ns NULLS FIRST, run")
     )
     return [_run(connection, run, rules) for run in found]
+
+
+def _one_cluster(connection: Any, job_id: int, cluster: str | None) -> None:  # noqa: ANN401
+    """Raise UsageError where several clusters have the job and none is chosen."""
+    query = "SELECT DISTINCT coalesce(cluster, '(none)') FROM run WHERE job_id = ? ORDER BY 1"
+    clusters = [row[0] for row in connection.execute(query, [job_id]).fetchall()]
+    if cluster is None and len(clusters) > 1:
+        raise UsageError(
+            f"job {job_id}: there is one in each of {', '.join(clusters)}: choose with --cluster"
+        )
 
 
 def _open(connection: Any, view: Manifest, site: Site, job_id: int) -> None:  # noqa: ANN401
@@ -332,6 +343,7 @@ def timeline(view: Manifest, site: Site, job_id: int, cluster: str | None) -> Re
     """CPU of each executable and node in each interval, as differences of the kept points."""
     connection = tables.connect(threads=1)
     _open(connection, view, site, job_id)
+    _one_cluster(connection, job_id, cluster)
     where = f"r.job_id = {int(job_id)}"
     if cluster is not None:
         where += f" AND r.cluster = {tables.quoted(cluster)}"

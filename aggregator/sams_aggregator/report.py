@@ -65,11 +65,11 @@ class Row(NamedTuple):
 
     keys: tuple[Any, ...]
     kind: str
-    runs: int
+    runs: int | None
     cpu_ns: int
     core_us: int
-    running: int
-    partial: int
+    running: int | None
+    partial: int | None
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -93,7 +93,7 @@ def command(arguments: argparse.Namespace) -> int:
             software.put_in_force(store, rules)
             names = dict(software.mapping(state, rules.version))
             report = main_report(made, names, chosen, keys, arguments)
-        empty = not manifest.extents(state)
+        empty = not any(one.tables for one in manifest.read(store).sets)
     finally:
         state.close()
     if empty:
@@ -166,6 +166,7 @@ def main_report(
     found = found[:limit] if limit is not None else found
     if not (arguments.top or arguments.undetermined):
         found += _always(found + rest, keys)
+    found += summed_up(rest, keys)
     known = sacct_total(connection, chosen)
     head = [
         "core-hours: allocated CPUs x elapsed time, shared out by CPU time"
@@ -174,7 +175,7 @@ def main_report(
         "CPU-hours: CPU time used",
         "",
     ]
-    foot = [f"… {len(rest)} more rows: {_amounts(rest)}"] if rest else []
+    foot = [f"(rest): {len(rest)} more rows, summed up"] if rest else []
     of_what = "total of these rows" if arguments.top or arguments.undetermined else "total"
     foot += [(f"{of_what}: core-hours {show.hours(totals[1], CORE_HOUR)}, CPU-hours"
              f" {show.hours(totals[0], CPU_HOUR)}")]  # fmt: skip
@@ -240,10 +241,21 @@ def flag_names(flags: int) -> str:
     return ",".join(name for bit, name in wire.FLAG_NAMES.items() if flags & bit)
 
 
-def _amounts(found: Sequence[Row]) -> str:
-    core = show.hours(sum(row.core_us for row in found), CORE_HOUR)
-    cpu = show.hours(sum(row.cpu_ns for row in found), CPU_HOUR)
-    return f"core-hours {core}, CPU-hours {cpu}"
+def summed_up(rest: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """One row for each kind; how many different runs they are of is not known."""
+    return [
+        Row(
+            (None,) * len(keys),
+            f"{kind} (rest)",
+            None,
+            sum(row.cpu_ns for row in rest if row.kind == kind),
+            sum(row.core_us for row in rest if row.kind == kind),
+            None,
+            None,
+        )
+        for kind in KINDS
+        if any(row.kind == kind for row in rest)
+    ]
 
 
 def _sort_key(row: Row) -> tuple[Any, ...]:

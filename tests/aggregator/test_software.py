@@ -360,13 +360,19 @@ def test_old_mappings_are_dropped_the_last_ones_are_kept(site: Site) -> None:
 
 
 def test_extract_from_first_to_last(site: Site) -> None:
-    put(site, report(1), report(2, user=None, account=None), report(3, execs=report(3).execs[:1]))
+    put(
+        site,
+        report(1),
+        report(2, user=None, account=None),
+        report(3, execs=report(3).execs[:1]),
+        report(4, execs=(Exec(PATHS[1], 0, 0),)),
+    )
     tried = site.run("extract", "--dry-run")
     assert tried.out == "cl.example.org:1:20260102030405 new\ncl.example.org:2:20260102030405 new\n"
     assert not site.out.exists()
     done = site.run("extract")
     assert "1 files written: 2 new records, 0 changed" in done.err
-    assert "1 without CPU in known software" in done.err
+    assert "2 without CPU in known software" in done.err
     assert site.records()["cl.example.org:1:20260102030405"] == [
         ("50%", "1", "50%/1", "false", "33.33"),
         ("R", "4.4", "R/4.4.1", "false", "22.22"),

@@ -118,3 +118,20 @@ def test_an_epoch_keeps_its_cluster_and_node(places: tuple[Path, Path]) -> None:
     assert writer.same_sender(now, state, EPOCH) == wire.Claims(node="n1", job_id=5, user="u1")
     leftovers.forget(state, EPOCH)
     assert writer.same_sender(now, state, EPOCH) == now
+
+
+def test_an_epoch_whose_collector_was_lost_is_closed_by_its_name(
+    places: tuple[Path, Path],
+) -> None:
+    state, folder = places
+    noted(state, folder, batch(0))
+    noted(state, folder, batch(0, epoch=bytes(16)))
+    assert leftovers.close_lost(state, folder, EPOCH)
+    assert not leftovers.close_lost(state, folder, EPOCH)
+    last = max(
+        (one for one in in_spool(folder) if one.epoch == EPOCH), key=lambda one: one.generation
+    )
+    assert last.final == wire.Closing(reason="collector-lost", live=0)
+    assert last.ledger is not None
+    assert set(last.ledger.lost) == {"tasks", "collector_lost_window_ns"}
+    assert [header.epoch for _, header in leftovers.open_batches(state)] == [bytes(16)]

@@ -138,6 +138,9 @@ def test_an_unclaimed_job_is_who_its_last_collector_said(meter: FakeMeter, tmp_p
         path = b"/slurmstepd.scope/job_7"
         closed = False
 
+        def live(self) -> int:
+            return 0
+
         def close(self) -> None:
             self.closed = True
 
@@ -150,7 +153,7 @@ def test_an_unclaimed_job_is_who_its_last_collector_said(meter: FakeMeter, tmp_p
     for claims in (wire.Claims(node="n1", job_id=7, cgroup=Slot.path, boot_id=writer.boot_id()),
                    wire.Claims(cluster="c1", node="other", job_id=7, user="u1")):  # fmt: skip
         slot = Slot()
-        assert unclaimed._spool(site, slot)  # type: ignore[arg-type]
+        assert unclaimed.clear_one(site, slot)  # type: ignore[arg-type]
         (batch,) = [one for one in spooled(tmp_path) if one.unclaimed]
         assert slot.closed
         assert batch.claims == claims

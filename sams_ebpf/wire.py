@@ -354,7 +354,8 @@ def _array_head(raw: bytes) -> tuple[int, int]:
 
 def decode_head(data: bytes | memoryview) -> Header:
     """The same for a batch that has been checked before; its `sums` and `fields` stay unread."""
-    return _understood(_parse(_head, data))
+    header = _parse(_head, data)
+    return header if header.v == VERSION and not header.critical else _understood(header)
 
 
 def to_plain(data: bytes) -> dict[str, object]:

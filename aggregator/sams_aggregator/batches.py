@@ -105,17 +105,22 @@ class Batches:
             assert found is not None  # noqa: S101 - fetched, or it has raised
         return found
 
-    def header(self, number: int) -> wire.Header:
-        """One batch's header, but for `sums` and `fields`. Raises DirectoryError."""
-        found = self._headers.get(number)
-        if found is None:
-            try:
-                found = wire.decode_head(self.data(number))
-            except wire.WireError as error:
-                # Another version of this program sealed it; this one says what it cannot read.
-                raise DirectoryError(str(error)) from error
-            self._headers[number] = found
-        return found
+    def headers(self, numbers: Column) -> list[wire.Header]:
+        """Headers of batches, but for `sums` and `fields`. Raises DirectoryError."""
+        known = self._headers
+        headers = []
+        for number in numbers.tolist():
+            found = known.get(number)
+            if found is None:
+                try:
+                    found = known[number] = wire.decode_head(
+                        self._data[number] or self.data(number)
+                    )
+                except wire.WireError as error:
+                    # Another version of this program sealed it; this one says why it cannot.
+                    raise DirectoryError(str(error)) from error
+            headers.append(found)
+        return headers
 
     def origin(self, number: int) -> str:
         """What it was that it was made from."""

@@ -37,6 +37,7 @@ MAX_PROBLEMS: Final = 10_000
 SECOND: Final = 1_000_000_000
 BATCH: Final = "batch"
 SAMS_JSON: Final = "sams-json"
+_ORDER: Final = ("generation", "sequence", "digest")
 INTERVAL: Final = {"totals": "month", "points": "slot"}
 
 
@@ -232,7 +233,6 @@ class _Rows:
             self._find(columns)
 
     def _find(self, columns: dict[str, Column]) -> None:
-        self._ties: list[int] = columns["digest"].tolist()
         self._arrange(columns, columns["source"])
         keys: dict[bytes, int] = {}
         newest = np.flatnonzero(latest.starts(self._epoch))
@@ -240,16 +240,15 @@ class _Rows:
         wanted = np.concatenate([newest, claimed, *self._needed()])
         self._batches.fetch(np.unique(self._order[wanted]))
         number = [
-            keys.setdefault(_epoch_key(self._batches.header(at)), len(keys))
-            for at in self._order[newest].tolist()
+            keys.setdefault(_epoch_key(header), len(keys))
+            for header in self._batches.headers(self._order[newest])
         ]
         self._keys = list(keys)
         if len(keys) < len(number):  # One epoch of the segment, and beside it.
             self._arrange(columns, np.array(number)[columns["source"]])
             claimed = self._claimed(columns["claims"])
         self._say_claims(claimed)
-        for at in np.flatnonzero((self._sorted["bits"] & dr.COUNTERS) == 0).tolist():
-            self._say_dropped(at)
+        self._say_dropped(np.flatnonzero((self._sorted["bits"] & dr.COUNTERS) == 0))
         times = self._sorted["end_ns"]
         self.times = [int(times.min()), int(times.max())]
         self._count()
@@ -287,35 +286,37 @@ class _Rows:
             return totals, totals[:0]
         return totals, some[latest.needed(self._epoch[some], self._slot[some], whole)]
 
+    def _each(self, places: Column) -> Iterator[tuple[Any, ...]]:
+        """Epoch, generation, sequence, tie and header of batches."""
+        columns = [self._epoch, *(self._sorted[name] for name in _ORDER)]
+        headers = self._batches.headers(self._order[places])
+        return zip(*(column[places].tolist() for column in columns), headers, strict=True)
+
     def _say_claims(self, places: Column) -> None:
         self.job_ids = [None] * len(self._keys)
-        seen: set[tuple[int, wire.Claims]] = set()
-        epochs, numbers = self._epoch[places].tolist(), self._order[places].tolist()
-        for of, number in zip(epochs, numbers, strict=True):
-            header = self._batches.header(number)
+        last = -1
+        said: list[wire.Claims] = []  # of this epoch
+        for of, generation, sequence, tie, header in self._each(places):
             made = header.claims
-            if (of, made) in seen:
+            if of != last:
+                last, said = of, []
+            elif made in said:
                 continue
-            seen.add((of, made))
+            said.append(made)
             if made.job_id is not None:
                 self.claimed.add(made.job_id)
                 if self.job_ids[of] is None:
                     self.job_ids[of] = made.job_id
-            self.claims.append(
-                (self._keys[of], header.generation, header.sequence, self._ties[number],
-                 *_plain_claims(made))
-            )  # fmt: skip
+            self.claims.append((self._keys[of], generation, sequence, tie, *_plain_claims(made)))
 
-    def _say_dropped(self, at: int) -> None:
-        of, number = int(self._epoch[at]), int(self._order[at])
-        header = self._batches.header(number)
-        dropped = header.dropped
-        if dropped is not None:
-            self.dropped.append(
-                (self._keys[of], self.job_ids[of], header.generation, header.sequence,
-                 self._ties[number], dropped.first_sequence, dropped.last_sequence,
-                 dropped.batches, dropped.bytes, dropped.reason)
-            )  # fmt: skip
+    def _say_dropped(self, places: Column) -> None:
+        for of, *order, header in self._each(places):
+            dropped = header.dropped
+            if dropped is not None:
+                self.dropped.append(
+                    (self._keys[of], self.job_ids[of], *order, dropped.first_sequence,
+                     dropped.last_sequence, dropped.batches, dropped.bytes, dropped.reason)
+                )  # fmt: skip
 
     def _count(self) -> None:
         """Rows of `points`, `totals`, `epochs`; batches that cannot be read are left out."""
@@ -350,21 +351,21 @@ class _Rows:
         )
 
     def _say_epochs(self, places: Column) -> None:
-        numbers = self._order[places].tolist()
-        for of, month, number in zip(
-            self._epoch[places].tolist(), self._month[places].tolist(), numbers, strict=True
+        months = self._month[places].tolist()
+        ends = self._sorted["end_ns"][places].tolist()
+        origins = [*map(self._batches.origin, self._order[places].tolist())]
+        for month, end_ns, origin, (of, generation, sequence, tie, header) in zip(
+            months, ends, origins, self._each(places), strict=True
         ):
-            header = self._batches.header(number)
             ledger, final = header.ledger, header.final
-            assert ledger is not None  # noqa: S101 - the wire refuses counters without a ledger
+            by, lost, processes = ledger.unattributed_by, ledger.lost, header.processes
             self.epochs.append(
-                (self._keys[of], self.job_ids[of], month, header.generation, header.sequence,
-                 self._ties[number], header.begin_ns, header.clock_ns, header.mode,
-                 header.loader, header.software, int(header.unclaimed),
-                 final and final.reason, final and final.live, ledger.cgroup_cpu_ns,
-                 ledger.attributed_cpu_ns, ledger.outside_cpu_ns, ledger.age_ns,
-                 _json(ledger.unattributed_by), _json(ledger.lost), _json(header.processes),
-                 header.executables, self._batches.origin(number))
+                (self._keys[of], self.job_ids[of], month, generation, sequence, tie,
+                 header.begin_ns, end_ns, header.mode, header.loader, header.software,
+                 int(header.unclaimed), final and final.reason, final and final.live,
+                 ledger.cgroup_cpu_ns, ledger.attributed_cpu_ns, ledger.outside_cpu_ns,
+                 ledger.age_ns, (by and _json(by)) or None, (lost and _json(lost)) or None,
+                 processes and _json(processes), header.executables, origin)
             )  # fmt: skip
 
     def _table(
@@ -422,8 +423,8 @@ _plain_claims: Final = operator.attrgetter(*tables.CLAIMS)
 _encoder: Final = msgspec.json.Encoder(order="sorted")
 
 
-def _json(value: Any) -> str | None:  # noqa: ANN401
-    return _encoder.encode(value).decode() if value else None
+def _json(value: Any) -> str:  # noqa: ANN401
+    return _encoder.encode(value).decode()
 
 
 @contextmanager

@@ -491,6 +491,8 @@ def compress(parts: Sequence[bytes]) -> bytes:
             zstd.CompressionParameter.checksum_flag: 1,
         }
     )
+    # Then the reader has the whole of it in one piece, without a window beside.
+    compressor.set_pledged_input_size(sum(map(len, parts)))
     out = [compressor.compress(part) for part in parts]
     out.append(compressor.flush())
     return b"".join(out)

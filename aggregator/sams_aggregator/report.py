@@ -378,7 +378,7 @@ def _rows_by_numbers(connection: Any, keys: Sequence[str], chosen: Filter) -> li
         SELECT *, dense_rank() OVER (ORDER BY {", ".join(["kind", *of_software])}) - 1 AS what
         FROM soft
     """)
-    names: dict[str, list[Any]] = {}
+    names: dict[str, list[Any]] = {name: [] for name in ("kind", *keys)}
     for table, number, columns in (
         (
             "run JOIN (SELECT run, who FROM who_of) USING (run)",
@@ -393,14 +393,14 @@ def _rows_by_numbers(connection: Any, keys: Sequence[str], chosen: Filter) -> li
             query = f"SELECT {picked} FROM {table} GROUP BY {number} ORDER BY {number}"
             every = zip(*connection.execute(query).fetchall(), strict=True)
             names |= dict(zip(columns, map(list, every), strict=False))
-    kinds = names.setdefault("kind", [])
+    kinds = names["kind"]
     # Paths without software, and what is no path at all, have numbers of their own behind.
     classes = {kind: len(kinds) + at for at, kind in enumerate(KINDS)}
     if "undetermined" in kinds:
         classes["undetermined"] = kinds.index("undetermined")
     cases = " ".join(f"WHEN '{kind}' THEN {number}" for kind, number in classes.items())
     for name in of_software:
-        names.setdefault(name, []).extend([None] * len(KINDS))
+        names[name] += [None] * len(KINDS)
     kinds += KINDS
     chosen_keys = "".join(f"coalesce(a.{_OF_ACCOUNT[name]}, -1) AS {name}, " for name in own)
     again = "".join(f"{name}, " for name in own)

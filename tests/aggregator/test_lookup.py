@@ -104,7 +104,9 @@ def test_a_report_by_numbers_is_one_by_names(tmp_path: Path, keys: tuple[str, ..
     with facts.opened(tmp_path) as store:
         fill(store, 4)
         made = accounts.current(store, SITE)
-    for names in (dict(facts.RULES), {}):
+    # What holds the run's own user or project is never numbered.
+    plain = {path: one for path, one in facts.RULES.items() if "%" not in "".join(one[:3])}
+    for names in (plain, {}):
         connection = report.open_accounts(made, names)
         for chosen in (Filter(), Filter("c1", 202511), Filter(None, None, 202510), Filter("c2")):
             quick = rows(report._rows_by_numbers(connection, keys, chosen))

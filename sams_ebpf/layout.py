@@ -69,6 +69,7 @@ class Total(NamedTuple):
 
 
 TOTAL: Final = struct.Struct(f"<{_COUNTERS}Q")
+NO_COUNTERS: Final = bytes(struct.calcsize(f"<{_COUNTERS}"))
 
 
 class Name(NamedTuple):

@@ -12,15 +12,17 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from sams_ebpf import bpf, cgroups, config, host, layout, meters, pins, probe, slots
 from sams_ebpf.cgroups import Cgroup, Hierarchy
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Attempt, Choice
-from sams_ebpf.procfs import ProcMeter
 from sams_ebpf.programs import ProgramSet
 from sams_ebpf.tracing import BpfMeter
+
+if TYPE_CHECKING:
+    from sams_ebpf.procfs import ProcMeter
 
 # How long a job's earlier collector, told to end, may take for its last batch.
 HANDOVER_S: Final = 10.0
@@ -66,6 +68,8 @@ class Opener:
 
     def sampled(self, found: Sequence[Cgroup], instance: str) -> ProcMeter:
         """Open a meter that samples; baselines are kept in the state folder."""
+        from sams_ebpf.procfs import ProcMeter  # noqa: PLC0415 (5 ms that few nodes need)
+
         settings = self._site.collector
         file = settings.state / f"proc-{instance}.json"
         return ProcMeter(

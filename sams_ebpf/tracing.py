@@ -56,9 +56,9 @@ class BpfMeter:
         self._id = slot.id
         self._counter = cgroups.counter(cgroup, cgroups.mounted()) if cgroup.exists() else cgroup
         self._let_go = let_go
-        # By index, each beside the bytes of the total it was made of: most executables of a
-        # job do nothing between two harvests.
-        self._names: dict[int, tuple[bytes, layout.Name]] = {}
+        # By index. Most executables of a job do nothing between two harvests: a name stands
+        # beside the number of execs there had been, a record beside the total it was made of.
+        self._names: dict[int, tuple[int, layout.Name]] = {}
         self._records: dict[int, tuple[bytes, wire.Record]] = {}
         self._claim = slots.claim(programs, slot)
         self.generation = self._claim.generation
@@ -196,15 +196,16 @@ class BpfMeter:
 
     def _name(self, index: int, data: bytes) -> layout.Name | None:
         """Give the name of a total that has these bytes now; None if it has none."""
-        looked_at, known = self._names.get(index, (b"", None))
+        seen, known = self._names.get(index, (0, None))
+        execs = layout.execs(data)
         # A script is noted in the name before its exec is counted in the total.
-        if known is None or (known.path and not known.script and looked_at != data):
+        if known is None or (known.path and not known.script and seen != execs):
             key = layout.NAME_KEY.pack(self._id, 0, layout.total(data).hash)
             name = self._programs.maps["names"].lookup(key)
             if name is None or layout.U32.unpack_from(name)[0] != index:
                 return None
             known = layout.name(name)
-            self._names[index] = data, known
+            self._names[index] = execs, known
         return known
 
     def _record(self, index: int, data: bytes) -> wire.Record:

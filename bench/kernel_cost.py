@@ -93,6 +93,7 @@ def _at_once_us(jobs: Sequence[Job], own: set[int]) -> float:
 
     act(1)
     spent_ns = rigs.program_time_ns(partial(act, LIVES_OF_MANY), own)
+    assert spent_ns, "the set was there before: loaded to stay, or by somebody else's job"
     return spent_ns / (MANY * LIVES_OF_MANY) / 1000
 
 

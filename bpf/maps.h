@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0) */
 /*
  * The maps. All are pre-allocated: programs at tracepoints must not allocate on kernels
- * before 6.1. The loader sets the sizes. Never LRU: a map that is full must be told.
+ * before 6.1. The loader sets the sizes. Never LRU, since a map that is full must be told, but
+ * for `chains`, which only spares work.
  */
 #ifndef SAMS_MAPS_H
 #define SAMS_MAPS_H
@@ -39,6 +40,13 @@ struct {
 } names SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct sams_chain_key);
+	__type(value, u32); /* index of its total */
+} chains SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 8192);
 	__type(key, u64); /* kernfs id of a cgroup in the set's hierarchy */
@@ -73,6 +81,14 @@ struct {
 	__type(key, u32);
 	__type(value, struct sams_claim);
 } claims SEC(".maps");
+
+/* By place of the slot: CLOCK_BOOTTIME at which the job's cgroup was last made again. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, SAMS_SLOTS);
+	__type(key, u32);
+	__type(value, u64);
+} remade SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -9,6 +9,13 @@ from __future__ import annotations
 import struct
 from typing import Final, NamedTuple
 
+# Of all that stands in the maps. It is part of a pinned set's name, and sets of another one
+# are left to the collectors that can read them. What a slot and the node's row begin with
+# (Slot.id and .state; Node.tripped, .closed and .stay) is the same in every version.
+VERSION: Final = 1
+SLOT_BEGIN: Final = struct.Struct("<2I")
+NODE_BEGIN: Final = struct.Struct("<3I")
+
 PATH_MAX: Final = 1024
 SCRIPT_MAX: Final = 256
 CGROUP_PATH: Final = 256
@@ -16,6 +23,9 @@ PARENTS: Final = 8
 SLOTS: Final = 512
 OVERFLOW: Final = 0xFFFFFFFF
 SLOT_USED: Final = 1
+# enum sams_claim_flag
+CLAIM_BY_HAND: Final = 1
+CLAIM_ENDED: Final = 2
 
 CONTROLLERS: Final = {
     "v2": 0,
@@ -89,25 +99,25 @@ class Slot(NamedTuple):
 
     id: int
     state: int
+    tasks: int
+    live: int
+    forks: int
+    exits: int
+    names: int
+    cgroups: int
+    adopted: int
+    moved_in: int
+    moved_out: int
     path_hash: int
     birth_ns: int
     epoch: bytes
-    cgroups: int
-    tasks: int
-    live: int
-    names: int
-    forks: int
-    adopted: int
-    moved_in: int
-    exits: int
-    moved_out: int
     lost: dict[str, int]
     overflow: Counters
     overflow_outside: Counters
     path: bytes
 
 
-SLOT: Final = struct.Struct(f"<2I2Q16s3q6Q{len(LOST)}Q{_COUNTERS}{_COUNTERS}{CGROUP_PATH}s")
+SLOT: Final = struct.Struct(f"<2I2q3Qq3Q2Q16s{len(LOST)}Q{_COUNTERS}{_COUNTERS}{CGROUP_PATH}s")
 
 
 class Claim(NamedTuple):
@@ -116,7 +126,7 @@ class Claim(NamedTuple):
     slot_id: int = 0
     generation: int = 0
     pid: int = 0
-    private: int = 0
+    flags: int = 0
     begin_ns: int = 0
     before_ns: int = 0
     past_ns: int = 0
@@ -134,7 +144,7 @@ class Node(NamedTuple):
     tripped: int = 0
     closed: int = 0
     stay: int = 0
-    zero: int = 0
+    refused: int = 0
     slots_full: int = 0
 
 
@@ -160,8 +170,10 @@ U64: Final = struct.Struct("<Q")
 TOTAL_KEY: Final = struct.Struct("<2I")  # slot_id, index
 NAME_KEY: Final = struct.Struct("<2IQ")  # slot_id, 0, hash
 SPLIT: Final = struct.Struct("<2Q")  # user_ns, system_ns
-TASK: Final = struct.Struct("<4I10Q")  # slot_id, index, pid, state, start_ns, charged…
-PROCESS: Final = struct.Struct("<2IQ")  # slot_id, state, rss_base_pages
+CHAIN_KEY: Final = struct.Struct("<2IQ")  # slot_id, flags, sum
+# slot_id, pid, tgid, state, image, start_ns, rss_base_pages, charged…, exit_ns, died_pages
+TASK: Final = struct.Struct("<4I14Q")
+PROCESS: Final = struct.Struct("<2I")  # slot_id, state
 
 
 def total(data: bytes) -> Total:
@@ -204,10 +216,11 @@ def new_slot(slot_id: int, epoch: bytes, path: bytes, birth_ns: int) -> bytes:
     return SLOT.pack(
         slot_id,
         SLOT_USED,
+        *[0] * 9,
         path_hash(path),
         birth_ns,
         epoch,
-        *[0] * (9 + len(LOST) + 26),
+        *[0] * (len(LOST) + 26),
         path[: CGROUP_PATH - 1],
     )
 

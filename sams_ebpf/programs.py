@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import time
 import zlib
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from sams_ebpf import bcc_loader
 
 OBJECT: Final = "accounting.bpf.o"
-# For kernels whose verifier refuses the other: without bpf_loop() and fetching atomics.
-OLDER_OBJECT: Final = "accounting-older.bpf.o"
+# In the order in which they are tried, and whether their programs are typed (see
+# bpf/kernel_compat.h). The second is for kernels whose verifier refuses the first: without
+# bpf_loop() and fetching atomics.
+OBJECTS: Final = {OBJECT: True, "accounting-older.bpf.o": False}
 TRACEPOINTS: Final = {
     "on_new_task": "task_newtask",
     "on_exec": "sched_process_exec",
@@ -43,10 +46,11 @@ BCC_TRACEPOINTS: Final = {"on_wakeup_new": "sched_wakeup_new"}
 BY_HAND: Final = ("harvest", "find", "adopt")
 ITERATORS: Final = {"harvest": "tasks", "adopt": None}
 MAPS: Final = (
-    *("tasks", "processes", "totals", "names", "cgroups", "slots", "free_slots", "jobs"),
-    *("claims", "splits", "node", "costs"),
+    *("tasks", "processes", "totals", "names", "chains", "cgroups", "slots", "free_slots"),
+    *("jobs", "claims", "remade", "splits", "node", "costs"),
 )
 _ZERO: Final = layout.U32.pack(0)
+_log = logging.getLogger(__name__)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,7 +182,7 @@ def abi(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> str:
     text = msgspec.json.encode(options)
     # Told apart, not protected: the folder is root's. OpenSSL would cost every collector 4 MB.
     digest = f"{zlib.crc32(object_bytes()):08x}{zlib.crc32(text):08x}"
-    return f"{'bcc_' if loader == 'bcc' else ''}{digest}-{tree_name(options.hierarchy)}"
+    return f"v{layout.VERSION}_{loader}_{digest}-{tree_name(options.hierarchy)}"
 
 
 def tree_name(hierarchy: Hierarchy) -> str:
@@ -192,18 +196,10 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
         return _load_with_bcc(options)
     attached = options.attached()
     wanted = attached | set(ITERATORS) | {"on_calibrate"}
-    try:
-        maps, programs = _load_object(OBJECT, options, wanted)
-    except bpf.BpfError as error:
-        if error.errno in (errno.EPERM, 0):
-            raise
-        try:
-            maps, programs = _load_object(OLDER_OBJECT, options, wanted)
-        except bpf.BpfError:
-            raise error from None  # of the two, the reason of the one meant for newer kernels
+    maps, programs, typed = _load_first(options, wanted)
     _prepare(maps)
-    _calibrate(programs["on_calibrate"])
-    links = _attach(programs, attached)
+    _calibrate(programs["on_calibrate"], typed=typed)
+    links = _attach(programs, attached, typed=typed)
     iterators = {
         name: bpf.attach_iterator(programs[name], maps[over] if over else None)
         for name, over in ITERATORS.items()
@@ -213,6 +209,26 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
     maps.pop("clocks").close()
     maps.pop("scratch").close()
     return ProgramSet(maps, iterators, links)
+
+
+def _load_first(
+    options: Options, wanted: set[str]
+) -> tuple[dict[str, bpf.Map], dict[str, int], bool]:
+    """Load the first object that the kernel takes; maps, programs, and whether these are typed."""
+    reason: bpf.BpfError | None = None
+    for name, typed in OBJECTS.items():
+        try:
+            maps, programs = _load_object(name, options, wanted)
+        except bpf.BpfError as error:
+            # Of several, the reason of the one meant for newer kernels.
+            reason = reason or error
+            if error.errno in (errno.EPERM, 0):
+                break
+        else:
+            if reason is not None:
+                _log.info("%s is used: %s", name, reason)
+            return maps, programs, typed
+    raise reason or bpf.BpfError("the package was built without BPF objects")
 
 
 def _load_with_bcc(options: Options) -> ProgramSet:
@@ -235,7 +251,7 @@ def _load_with_bcc(options: Options) -> ProgramSet:
 
     made = bcc_loader.load(fds, constants, attached | set(BY_HAND))
     _prepare(maps)
-    links = _attach(made.programs, attached)
+    links = _attach(made.programs, attached, typed=False)
     # Iterators need BTF: these programs are run by hand instead, so they stay.
     iterators = {name: made.programs.pop(name) for name in BY_HAND}
     for fd in made.programs.values():
@@ -252,10 +268,11 @@ def _prepare(maps: dict[str, bpf.Map]) -> None:
     _open_clocks(maps["clocks"])
 
 
-def _attach(programs: dict[str, int], names: set[str]) -> dict[str, int]:
+def _attach(programs: dict[str, int], names: set[str], *, typed: bool) -> dict[str, int]:
     tracepoints = TRACEPOINTS | BCC_TRACEPOINTS
     return {
-        name: bpf.attach_raw_tracepoint(tracepoints[name], programs[name]) for name in sorted(names)
+        name: bpf.attach_raw_tracepoint(tracepoints[name], programs[name], typed=typed)
+        for name in sorted(names)
     }
 
 
@@ -269,6 +286,7 @@ def _load_object(
             "processes": options.tasks,
             "totals": options.executables,
             "names": options.executables,
+            "chains": options.executables,
             "splits": options.executables,
             "cgroups": options.cgroups,
             "clocks": possible_cpus(),
@@ -383,9 +401,9 @@ def _open_clocks(clocks: bpf.Map) -> None:
             os.close(fd)
 
 
-def _calibrate(program_fd: int, rounds: int = 4) -> None:
+def _calibrate(program_fd: int, *, typed: bool, rounds: int = 4) -> None:
     """Let every CPU switch a few times while the calibrating program is attached."""
-    link = bpf.attach_raw_tracepoint("sched_switch", program_fd)
+    link = bpf.attach_raw_tracepoint("sched_switch", program_fd, typed=typed)
     try:
         allowed = os.sched_getaffinity(0)
         try:

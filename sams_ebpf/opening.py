@@ -148,7 +148,7 @@ class Opener:
         After an upgrade it may be in an older one.
         """
         ours = []
-        for folder in pins.folders():
+        for folder in filter(pins.is_readable, pins.folders()):
             try:
                 used = pins.open_set(folder)
             except bpf.BpfError as error:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -447,12 +448,12 @@ def _rows_by_numbers(connection: Any, keys: Sequence[str], chosen: Filter) -> li
     values: Iterable[tuple[Any, ...]] = zip(*map(column, keys), strict=True)
     if not keys:
         values = [()] * len(found["who"])
-    return list(
-        map(
-            Row, values, named("kind", found["what"]), found["runs"].tolist(), sums("cpu"),
-            sums("core"), found["running"].tolist(), found["partial"].tolist(),
-        )
+    every_column = (
+        values, named("kind", found["what"]), found["runs"].tolist(), sums("cpu"), sums("core"),
+        found["running"].tolist(), found["partial"].tolist(),
     )  # fmt: skip
+    # There may be as many as there are runs: no call of Python for each.
+    return list(map(functools.partial(tuple.__new__, Row), zip(*every_column, strict=True)))
 
 
 def _rows_by_names(connection: Any, keys: Sequence[str], chosen: Filter) -> list[Row]:  # noqa: ANN401

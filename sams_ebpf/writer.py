@@ -111,8 +111,9 @@ def ledger_of(snapshot: Snapshot) -> wire.Ledger:
 def sums_of(records: Sequence[wire.Record]) -> list[int | None]:
     """Add each counter up over all records; maxima as maxima; None where nobody has one."""
     sums: list[int | None] = []
-    for name in wire.COUNTERS:
-        values = [v for v in (getattr(r, name) for r in records) if v is not None]
+    columns = list(zip(*map(msgspec.structs.astuple, records), strict=True))
+    for at, name in enumerate(wire.COUNTERS, wire.KEY_COLUMNS):
+        values = [v for v in columns[at] if v is not None] if columns else []
         if not values:
             sums.append(None)
         else:

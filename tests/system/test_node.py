@@ -122,7 +122,11 @@ def test_the_ledger_of_a_job_while_it_is_there(site: Site) -> None:
         assert (ledger.age_ns, ledger.unattributed_by) == (0, {})
         assert ledger.cgroup_cpu_ns is not None
         missed = 100_000 * ledger.lost.get("missed_deaths", 0)
-        allowed = max(ledger.cgroup_cpu_ns // 1000, 1_000_000) + TICK_NS + missed
+        processes = batch.processes
+        moves = 0
+        if processes is not None:
+            moves = (processes.moved_in or 0) + (processes.moved_out or 0)
+        allowed = max(ledger.cgroup_cpu_ns // 1000, 1_000_000) + TICK_NS * moves + missed
         assert abs(ledger.unattributed_cpu_ns or 0) <= allowed, site.report(job)
 
 

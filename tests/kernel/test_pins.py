@@ -319,6 +319,27 @@ def test_runs_that_nobody_has_claimed_yet_are_kept_apart(node: Node) -> None:
     programs.close()
 
 
+def test_a_slot_taken_by_hand_gives_way_to_the_kernel_s_own(node: Node) -> None:
+    """Both were made at once: the tasks are in the kernel's, and stay there."""
+    programs = node.load()
+    job = node.job("job_14")
+    made = only(programs)
+    work(job, 2)
+    taken = slots.take(programs, job)
+    slots.lead(programs, made, job)
+    slots.release(programs, taken.id)
+    assert only(programs).id == made.id
+    work(job, 3)
+    Path(job.folder).rmdir()
+    node.job("job_14")
+    work(job, 4)
+    ledger, processes, meter = account(programs, job)
+    assert (processes.forks, processes.exits, processes.moved_out) == (9, 12, 0)
+    assert ledger.attributed_cpu_ns > 0
+    meter.close()
+    programs.close()
+
+
 def test_a_later_run_that_was_counted_here_is_told(node: Node) -> None:
     """The collector lives but has not heard yet that its run has ended."""
     programs = node.load()

@@ -183,7 +183,7 @@ struct sams_cost {
 	__u64 window_start_ns;
 	__u64 window_ns;
 	__s64 clock_offset_ns; /* rq->clock - the CPU clock counter of this CPU */
-	__u64 clock_samples; /* 0: none yet; with BCC when the last was taken */
+	__u64 clock_samples;   /* 0: none yet; with BCC what rq->clock_task is behind rq->clock */
 };
 #define SAMS_COST_SAMPLE  64
 #define SAMS_COST_MOST_NS 50000 /* no event takes longer by itself */

@@ -37,12 +37,12 @@ LIMIT_S = 400  # of one step
 # A long solver, a shell full of short commands with a longer one among them, a storm.
 BURN = "import time\nend = time.process_time() + %d\nwhile time.process_time() < end: pass\n"
 MIXED = (
-    "for i in 1 2 3 4 5 6; do seq 20000 | sort -r | gzip -9 | wc -c; done; "
+    "for i in 1 2 3 4; do seq 20000 | sort -r | gzip -9 | wc -c; done; "
     "python3 -c 'print(sum(i * i for i in range(1000000)))'"
 )
-STORM = "i=0; while [ $i -lt 200 ]; do /bin/true; i=$((i+1)); done"
+STORM = "i=0; while [ $i -lt 100 ]; do /bin/true; i=$((i+1)); done"
 WORK = {
-    "solver": [sys.executable, "-c", BURN % 8],
+    "solver": [sys.executable, "-c", BURN % 5],
     "mixed": ["/bin/sh", "-c", MIXED],
     "storm": ["/bin/sh", "-c", STORM],
 }

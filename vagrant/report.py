@@ -14,11 +14,10 @@ Written by `make test-vm`, from `vagrant/kernels.yaml` and `vagrant/results.json
 booted in qemu without KVM, ten to twenty times slower than real hardware, on a host that does
 other things too. There the wheel is installed, three workloads are measured, a job's unit is
 started by the Prolog, ended by the Epilog and shipped to a receiver, and the kernel's ledger and
-split tests run with each loader: every case, with a tenth of the repetitions
-(`SAMS_TEST_SCALE=10`, see `tests/support/scale.py`) and the same bounds but for two: tasks that
-move may be off by ten ticks instead of one, and in mid-life, while the collector waits for a CPU,
-the difference is shown and not judged. Rows that were not run say why. The same table makes the
-boxes of `vagrant/Vagrantfile`.
+split tests run with each loader: every case, with fewer repetitions (`SAMS_TEST_SCALE=20`, see
+`tests/support/scale.py`) and the same bounds but for two: tasks that move may be off by more ticks,
+and in mid-life, while the collector waits for a CPU, the difference is shown and not judged. Rows
+that were not run say why. The same table makes the boxes of `vagrant/Vagrantfile`.
 
 """
 MS = 1_000_000
@@ -233,7 +232,7 @@ def _shares(rows: list[Row], results: dict[str, Any]) -> list[str]:
     return [
         "## What share is attributed",
         "",
-        "`sams-ebpf run` of 8 s of work in one process, of a shell with pipelines, and of 200",
+        "`sams-ebpf run` of 5 s of work in one process, of a shell with pipelines, and of 100",
         "short commands, with BPF and sampled (`proc`, every second). The last column is the CPU",
         "time of all three with the program itself.",
         "",
@@ -296,6 +295,9 @@ def _exceptions(rows: list[Row], results: dict[str, Any]) -> list[str]:
         for name, step in steps.items():
             if _is(name):
                 found += [f"  - {name}: skipped: {one}" for one in step["skips"]]
+        if row.id in results:
+            missing = [part for part in row.parts if part not in results[row.id]]
+            found += [f"  - not run: {', '.join(missing)}"] if missing else []
         if found:
             lines += [f"- {_name(row)}", *found]
     return [*lines, ""]

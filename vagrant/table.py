@@ -11,6 +11,8 @@ from sams_ebpf import settings
 from sams_ebpf.errors import UsageError
 
 PATH = Path(__file__).with_name("kernels.yaml")
+# Of the ledger and split tests: the default set-up, the exact one, and cases with options.
+STAGES = ("default", "exact", "small")
 
 
 class Expect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +57,18 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if self.lockdown:
             words.append(f"lockdown={self.lockdown}")
         return " ".join(words)
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """What is run on the row: the steps of guest.py that go together in one machine."""
+        works = ["work-libbpf", "work-proc"] if self.expect.loaders else ["work-proc"]
+        found = {"site": ["install", "probe", "unit", *works]}
+        if not self.expect.loaders:
+            found["proc"] = ["unpack", "tests-proc"]
+        for loader in self.expect.loaders:
+            for stage in STAGES:
+                found[f"{loader}-{stage}"] = ["unpack", f"tests-{loader}-{stage}"]
+        return found
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

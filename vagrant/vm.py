@@ -32,23 +32,10 @@ from sams_ebpf.errors import SamsError
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 480
 # How much slower than real hardware the tests take these machines to be.
-SCALE = 10
+SCALE = 20
 # What the machine needs of this repository.
 NEEDED = ("tests", "pyproject.toml")
-STAGES = ("default", "exact", "small")
 LOGS = ("guest.log", "journal.log", "pytest-*.log", "kept.log")
-
-
-def parts(row: table.Row) -> dict[str, list[str]]:
-    """What is run on a row, by part: the steps of guest.py."""
-    works = ["work-libbpf", "work-proc"] if row.expect.loaders else ["work-proc"]
-    found = {"site": ["install", "probe", "unit", *works]}
-    if not row.expect.loaders:
-        found["proc"] = ["unpack", "tests-proc"]
-    for loader in row.expect.loaders:
-        for stage in STAGES:
-            found[f"{loader}-{stage}"] = ["unpack", f"tests-{loader}-{stage}"]
-    return found
 
 
 def main() -> int:
@@ -62,7 +49,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "docs/kernels.md")
     arguments = parser.parse_args()
     rows = table.read()
-    every = {f"{row.id}:{part}": row for row in rows if not row.vm.absent for part in parts(row)}
+    every = {f"{row.id}:{part}": row for row in rows if not row.vm.absent for part in row.parts}
     asked = arguments.rows or [row.id for row in rows if not row.vm.absent]
     wanted = [name for name in every if name in asked or name.partition(":")[0] in asked]
     unknown = {one for one in asked if not any(one in (n, n.partition(":")[0]) for n in wanted)}
@@ -135,7 +122,7 @@ def _boot(row: table.Row, part: str, cache: Cache, disk: Path, product: Path) ->
         share = Path(folder) / "share"
         shutil.copytree(product, share)
         share.chmod(0o755)
-        asked = {"cgroup": row.cgroup, "steps": parts(row)[part], "scale": SCALE}
+        asked = {"cgroup": row.cgroup, "steps": row.parts[part], "scale": SCALE}
         (share / "row.json").write_text(json.dumps(asked))
         command = _uml(row, disk, share) if row.vm.uml else _qemu(row, cache, disk, share)
         began = time.monotonic()
@@ -161,7 +148,7 @@ def _boot(row: table.Row, part: str, cache: Cache, disk: Path, product: Path) ->
             result = {"error": f"no result: {' / '.join(line.strip() for line in last)}"}
         for log in (one for pattern in LOGS for one in share.glob(pattern)):
             shutil.copy(log, cache.folder / f"{row.id}-{part}-{log.name}")
-        result["missing"] = [x for x in parts(row)[part] if x not in result.get("steps", {})]
+        result["missing"] = [x for x in row.parts[part] if x not in result.get("steps", {})]
         result["machine_s"] = round(time.monotonic() - began)
         return result
 

@@ -27,7 +27,7 @@ def bound_ns(result: Result, setup: SetUp, case: Case) -> int:
     if case.moves:
         # A slice that ended between a move and its event, where no bar of the set-up reaches.
         # On a slow machine there is more time in between.
-        return allowed_ns(result.ledger) + TICK_NS * SCALE
+        return allowed_ns(result.ledger) + TICK_NS * min(SCALE, 10)
     return 2_000 if setup == "exact" else allowed_ns(result.ledger)
 
 

@@ -19,6 +19,9 @@ split tests run with each loader: every case, with fewer repetitions (`SAMS_TEST
 and in mid-life, while the collector waits for a CPU, the difference is shown and not judged. Rows
 that were not run say why. The same table makes the boxes of `vagrant/Vagrantfile`.
 
+A row runs in parts of a few minutes, and a part can be run by itself:
+`make test-vm VM=debian-12-v2:bcc-default`. The first run makes the disk (5 GB below `.cache/vm`).
+
 """
 MS = 1_000_000
 

@@ -11,7 +11,7 @@ the same part found before; all else in vagrant/results.json stays.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -55,11 +55,9 @@ def main() -> int:
     unknown = {one for one in asked if not any(one in (n, n.partition(":")[0]) for n in wanted)}
     if unknown:
         parser.error(f"no such row, or one that cannot be had: {', '.join(sorted(unknown))}")
-    results: dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError):
-        results = json.loads(arguments.results.read_text())
     cache = Cache(arguments.cache.absolute())
     suites = sorted({row.vm.suite for row in rows if row.vm.suite})
+    failed = False
     temporary = tempfile.TemporaryDirectory(prefix="sams-vm-")
     try:
         product = Path(temporary.name)
@@ -69,22 +67,28 @@ def main() -> int:
             row, part = every[name], name.partition(":")[2]
             print(f"{name}: booting", flush=True)
             found = _boot(row, part, cache, disk, product)
-            results.setdefault(row.id, {})[part] = found
             print(f"{name}: {report.verdict(row, part, found)}", flush=True)
-            arguments.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            results = _keep(arguments.results, row, part, found)
             arguments.page.write_text(report.page(rows, results))
+            failed = failed or bool(report.problems(row, part, found))
     except SamsError as error:
         print(f"vm: {error}", file=sys.stderr)
         return 1
     finally:
         temporary.cleanup()
-    arguments.page.write_text(report.page(rows, results))
-    return 1 if any(report.problems(every[name], *_of(results, name)) for name in wanted) else 0
+    return 1 if failed else 0
 
 
-def _of(results: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
-    row, _, part = name.partition(":")
-    return part, results[row][part]
+def _keep(file: Path, row: table.Row, part: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Put what a part found beside all else, which another runner may have added to."""
+    with file.open("a+") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        opened.seek(0)
+        results: dict[str, Any] = json.loads(opened.read() or "{}")
+        results.setdefault(row.id, {})[part] = found
+        opened.truncate(0)
+        opened.write(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    return results
 
 
 def _build(folder: Path) -> None:
@@ -124,7 +128,8 @@ def _boot(row: table.Row, part: str, cache: Cache, disk: Path, product: Path) ->
         share.chmod(0o755)
         asked = {"cgroup": row.cgroup, "steps": row.parts[part], "scale": SCALE}
         (share / "row.json").write_text(json.dumps(asked))
-        command = _uml(row, disk, share) if row.vm.uml else _qemu(row, cache, disk, share)
+        cpus = 2 if any(step.startswith("tests") for step in row.parts[part]) else 1
+        command = _uml(row, disk, share) if row.vm.uml else _qemu(row, cache, disk, share, cpus)
         began = time.monotonic()
         console = cache.folder / f"{row.id}-{part}-console.log"
         with console.open("wb") as log:
@@ -159,7 +164,7 @@ exec python3 /mnt/host/guest.py /mnt/host
 """
 
 
-def _qemu(row: table.Row, cache: Cache, disk: Path, share: Path) -> list[str]:
+def _qemu(row: table.Row, cache: Cache, disk: Path, share: Path, cpus: int) -> list[str]:
     assert row.vm.suite is not None  # noqa: S101 (told by the table)
     kernel = cache.kernel(row.vm.suite)
     append = "console=ttyS0 root=/dev/vda rw quiet panic=-1 mitigations=off no_timer_check"
@@ -168,7 +173,8 @@ def _qemu(row: table.Row, cache: Cache, disk: Path, share: Path) -> list[str]:
     append += f" tsc=reliable tsc_early_khz={tsc_khz()} systemd.default_timeout_start_sec=900"
     # Of all processors the fastest to emulate: no instructions of AVX, no `rep movsb`.
     return [
-        *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-smp", "2"),
+        *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "Nehalem"),
+        *("-smp", str(cpus)),
         *("-m", "2048", "-nographic", "-no-reboot", "-nic", "none"),
         *("-kernel", str(kernel.image), "-initrd", str(kernel.initrd)),
         *("-drive", f"file={disk},format=raw,if=virtio,snapshot=on"),

@@ -37,17 +37,17 @@ static __always_inline struct sams_cost *this_cpu(void)
 	return bpf_map_lookup_elem(MAP(costs), &zero);
 }
 
-/* Time of the begin of a sampled event, 0 for one that is not, 1 if the programs are off. */
-static __always_inline u64 enter(void)
+static __always_inline int is_off(void)
 {
 	struct sams_node *all = the_node();
-	struct sams_cost *cost = this_cpu();
 
-	if (!all || !cost || all->tripped)
-		return 1;
-	if (cost->events++ % SAMS_COST_SAMPLE)
-		return 0;
-	return bpf_ktime_get_ns();
+	return !all || all->tripped;
+}
+
+/* Time of the begin of an event that is sampled by chance, 0 for one that is not. */
+static __always_inline u64 enter(void)
+{
+	return bpf_get_prandom_u32() % SAMS_COST_SAMPLE ? 0 : bpf_ktime_get_ns();
 }
 
 static __always_inline void leave(u64 begin)
@@ -56,7 +56,7 @@ static __always_inline void leave(u64 begin)
 	struct sams_node *all;
 	u64 now, spent;
 
-	if (begin < 2)
+	if (!begin)
 		return;
 	cost = this_cpu();
 	all = the_node();
@@ -68,6 +68,7 @@ static __always_inline void leave(u64 begin)
 	if (spent > SAMS_COST_MOST_NS)
 		spent = SAMS_COST_MOST_NS;
 	spent *= SAMS_COST_SAMPLE;
+	cost->events += SAMS_COST_SAMPLE;
 	cost->sampled_ns += spent;
 	if (now - cost->window_start_ns > 1000000000ULL) {
 		cost->window_start_ns = now;
@@ -80,29 +81,23 @@ static __always_inline void leave(u64 begin)
 
 /* ---- reading a task --------------------------------------------------------------- */
 
-static __always_inline u64 cgroup_of(struct task_struct *task)
+static __always_inline void read_columns(struct task_struct *task, enum typing how,
+					 u64 now[SAMS_COLUMNS])
 {
-	struct cgroup *cgroup = task_cgroup(task, option_controller);
-
-	return cgroup ? cgroup_kernfs_id(cgroup) : 0;
-}
-
-static __always_inline void read_columns(struct task_struct *task, u64 now[SAMS_COLUMNS])
-{
-	now[SAMS_CPU] = READ(task, se.sum_exec_runtime);
-	now[SAMS_UTIME] = READ(task, utime);
-	now[SAMS_STIME] = READ(task, stime);
+	now[SAMS_CPU] = LOAD(how, task, se.sum_exec_runtime);
+	now[SAMS_UTIME] = LOAD(how, task, utime);
+	now[SAMS_STIME] = LOAD(how, task, stime);
 	if (bpf_core_field_exists(task->ioac)) {
-		now[SAMS_READ_BYTES] = READ(task, ioac.read_bytes);
-		now[SAMS_WRITE_BYTES] = READ(task, ioac.write_bytes);
+		now[SAMS_READ_BYTES] = LOAD(how, task, ioac.read_bytes);
+		now[SAMS_WRITE_BYTES] = LOAD(how, task, ioac.write_bytes);
 	} else {
 		now[SAMS_READ_BYTES] = 0;
 		now[SAMS_WRITE_BYTES] = 0;
 	}
-	now[SAMS_MINOR_FAULTS] = READ(task, min_flt);
-	now[SAMS_MAJOR_FAULTS] = READ(task, maj_flt);
-	now[SAMS_VOLUNTARY] = READ(task, nvcsw);
-	now[SAMS_INVOLUNTARY] = READ(task, nivcsw);
+	now[SAMS_MINOR_FAULTS] = LOAD(how, task, min_flt);
+	now[SAMS_MAJOR_FAULTS] = LOAD(how, task, maj_flt);
+	now[SAMS_VOLUNTARY] = LOAD(how, task, nvcsw);
+	now[SAMS_INVOLUNTARY] = LOAD(how, task, nivcsw);
 }
 
 #include "clock.h"
@@ -139,27 +134,41 @@ static __always_inline void lose(struct sams_slot *slot, enum sams_lost cause)
 	__sync_fetch_and_add(&slot->lost[cause], 1);
 }
 
+static __always_inline void peak(struct sams_counters *counters, u64 pages)
+{
+	if (pages > counters->max_rss_pages)
+		counters->max_rss_pages = pages;
+}
+
 enum settling {
 	FORWARD,  /* charge nothing while the counter is behind what was charged */
 	BOUNDARY, /* charge exactly up to the counter, back as well as forth */
 };
+
+static __always_inline void settle_cpu(struct sams_task *row, struct sams_counters *counters,
+				       u64 now_ns, enum settling how)
+{
+	int i;
+
+	for (i = 0; i < 4; i++) {
+		u64 seen = *(volatile u64 *)&row->charged[SAMS_CPU];
+		s64 delta = now_ns - seen;
+
+		if (delta == 0 || (delta < 0 && how == FORWARD))
+			break;
+		if (replace(&row->charged[SAMS_CPU], seen, now_ns)) {
+			__sync_fetch_and_add(&counters->column[SAMS_CPU], delta);
+			break;
+		}
+	}
+}
 
 static __always_inline void settle(struct sams_task *row, struct sams_counters *counters,
 				   u64 now[SAMS_COLUMNS], enum settling how)
 {
 	int i;
 
-	for (i = 0; i < 4; i++) {
-		u64 seen = *(volatile u64 *)&row->charged[SAMS_CPU];
-		s64 delta = now[SAMS_CPU] - seen;
-
-		if (delta == 0 || (delta < 0 && how == FORWARD))
-			break;
-		if (replace(&row->charged[SAMS_CPU], seen, now[SAMS_CPU])) {
-			__sync_fetch_and_add(&counters->column[SAMS_CPU], delta);
-			break;
-		}
-	}
+	settle_cpu(row, counters, now[SAMS_CPU], how);
 #pragma unroll
 	for (i = SAMS_CPU + 1; i < SAMS_COLUMNS; i++) {
 		s64 delta = now[i] - row->charged[i];
@@ -171,34 +180,50 @@ static __always_inline void settle(struct sams_task *row, struct sams_counters *
 	}
 }
 
-static __always_inline void settle_current(struct sams_task *row, struct sams_slot *slot,
-					   struct sams_counters *counters,
-					   struct task_struct *current)
+/*
+ * The counters of the image that the task is, with the execs, forks and the death added that
+ * its row has kept for them: a look-up of totals less at each of these events.
+ */
+static __always_inline struct sams_counters *image_of(struct sams_task *row,
+						      struct sams_slot *slot)
 {
-	u64 now[SAMS_COLUMNS];
-	s64 slice = running_slice(current);
+	struct sams_counters *counters;
+	u64 image = 0, died;
+	int i;
 
-	read_columns(current, now);
-	if (slice < 0)
-		lose(slot, SAMS_LOST_SPLITS);
-	else
-		now[SAMS_CPU] += slice;
-	settle(row, counters, now, FORWARD);
+	for (i = 0; i < 4; i++) {
+		image = *(volatile u64 *)&row->image;
+		if (!(image & SAMS_IMAGE_OWED) ||
+		    replace(&row->image, image, image & ~SAMS_IMAGE_OWED))
+			break;
+	}
+	counters = counters_of(slot, image >> 32, row->state);
+	if (i < 4 && image & SAMS_IMAGE_OWED) {
+		__sync_fetch_and_add(&counters->forks, image & SAMS_IMAGE_FORKS);
+		if (image & SAMS_IMAGE_EXEC)
+			__sync_fetch_and_add(&counters->execs, 1);
+	}
+	died = *(volatile u64 *)&row->died_pages;
+	if (died && replace(&row->died_pages, died, 0)) {
+		__sync_fetch_and_add(&counters->exits, 1);
+		peak(counters, died - 1);
+	}
+	return counters;
 }
 
-static __always_inline void peak(struct sams_counters *counters, u64 pages)
+/* The CPU of the current task up to this moment. */
+static __always_inline u64 cpu_of_current(struct task_struct *current, struct sams_slot *slot)
 {
-	if (pages > counters->max_rss_pages)
-		counters->max_rss_pages = pages;
+	s64 slice = running_slice(current);
+
+	if (slice < 0) {
+		lose(slot, SAMS_LOST_SPLITS);
+		slice = 0;
+	}
+	return LOAD(TYPED, current, se.sum_exec_runtime) + slice;
 }
 
 /* ---- executables ------------------------------------------------------------------ */
-
-static __always_inline u64 mix(u64 hash, u64 word)
-{
-	hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
-	return hash ^ (hash >> 32);
-}
 
 /* The words of one path, or of two, from where it begins to its end. */
 struct words {
@@ -286,28 +311,20 @@ static __always_inline u32 new_total(struct sams_slot *slot, u64 hash)
 	return SAMS_OVERFLOW;
 }
 
-/* Index of the row of what `task` executes, made if need be; the name is written first. */
-static __always_inline u32 executable_of(struct sams_slot *slot, struct task_struct *task,
-					 u32 state, struct linux_binprm *bprm, u32 which)
+/* Index of the row of what `climb` starts from, made if need be; the name is written first. */
+static __always_inline u32 row_by_name(struct sams_slot *slot, struct climb *climb, u32 flags,
+				       const char *script, u32 which)
 {
 	struct sams_name *name = bpf_map_lookup_elem(MAP(scratch), &which), *known;
 	struct sams_name_key key = {.slot_id = slot->id};
-	const char *filename = 0;
 	int i;
 
 	if (!name)
 		return SAMS_OVERFLOW;
-	name->flags = state & SAMS_ROW_OUTSIDE ? SAMS_OUTSIDE : 0;
-	if (option_host_mounts && mount_namespace(task) != option_host_mounts)
-		name->flags |= SAMS_FOREIGN;
-	resolve(name, task);
+	name->flags = flags;
+	resolve(name, climb);
 	if (name->length > SAMS_PATH_MAX)
 		return SAMS_OVERFLOW;
-	if (bprm) {
-		filename = READ(bprm, filename);
-		if (filename == READ(bprm, interp))
-			filename = 0; /* no script */
-	}
 	key.hash = hash_of(name);
 	for (i = 0; i < PROBES; i++) {
 		known = bpf_map_lookup_elem(MAP(names), &key);
@@ -318,9 +335,9 @@ static __always_inline u32 executable_of(struct sams_slot *slot, struct task_str
 			if (index == SAMS_OVERFLOW)
 				break;
 			name->index = index;
-			if (filename)
+			if (script)
 				length = bpf_probe_read_kernel_str(name->script, SAMS_SCRIPT_MAX,
-								   filename);
+								   script);
 			name->script_length = length > 0 ? length : 0;
 			if (!bpf_map_update_elem(MAP(names), &key, name, BPF_NOEXIST))
 				return index;
@@ -330,9 +347,9 @@ static __always_inline u32 executable_of(struct sams_slot *slot, struct task_str
 				break;
 		}
 		if (same_name(name, known)) {
-			if (filename && !known->script_length) {
+			if (script && !known->script_length) {
 				long length = bpf_probe_read_kernel_str(
-					known->script, SAMS_SCRIPT_MAX, filename);
+					known->script, SAMS_SCRIPT_MAX, script);
 
 				known->script_length = length > 0 ? length : 0;
 			}
@@ -344,11 +361,42 @@ static __always_inline u32 executable_of(struct sams_slot *slot, struct task_str
 	return SAMS_OVERFLOW;
 }
 
+/* Index of the row of what `task` executes. */
+static __always_inline u32 executable_of(struct sams_slot *slot, struct task_struct *task,
+					 enum typing how, u32 state, struct linux_binprm *bprm,
+					 u32 which)
+{
+	struct sams_chain_key key = {.slot_id = slot->id};
+	const char *script = 0;
+	struct climb climb;
+	u32 index, *known;
+
+	key.flags = state & SAMS_ROW_OUTSIDE ? SAMS_OUTSIDE : 0;
+	if (option_host_mounts && mount_namespace(task, how) != option_host_mounts)
+		key.flags |= SAMS_FOREIGN;
+	key.flags |= start(&climb, task, how);
+	if (bprm) {
+		script = LOAD(TYPED, bprm, filename);
+		if (script == LOAD(TYPED, bprm, interp))
+			script = 0;
+	}
+	if (!script) {
+		key.sum = chain_of(&climb);
+		known = key.sum ? bpf_map_lookup_elem(MAP(chains), &key) : 0;
+		if (known)
+			return *known;
+	}
+	index = row_by_name(slot, &climb, key.flags, script, which);
+	if (key.sum && index != SAMS_OVERFLOW)
+		bpf_map_update_elem(MAP(chains), &key, &index, BPF_ANY);
+	return index;
+}
+
 /* ---- rows of tasks and processes -------------------------------------------------- */
 
-static __always_inline int is_leader(struct task_struct *task)
+static __always_inline int is_leader(struct task_struct *task, enum typing how)
 {
-	return READ(task, pid) == READ(task, tgid);
+	return LOAD(how, task, pid) == LOAD(how, task, tgid);
 }
 
 static __always_inline void drop_task(u64 key, struct sams_slot *slot)
@@ -357,67 +405,113 @@ static __always_inline void drop_task(u64 key, struct sams_slot *slot)
 		__sync_fetch_and_add(&slot->tasks, -1);
 }
 
-static __always_inline int keep_task(struct task_struct *task, struct sams_task *row,
-				     struct sams_slot *slot)
+/* Of a task whose free was not seen, what is known. */
+static __always_inline void charge_unseen(struct sams_task *row, struct sams_slot *slot)
 {
-	u64 key = (u64)task;
+	settle_cpu(row, image_of(row, slot), row->exit_ns, FORWARD);
+	lose(slot, SAMS_LOST_MISSED_DEATHS);
+}
 
-	row->pid = READ(task, pid);
-	row->start_ns = READ(task, start_boottime);
-	if (bpf_map_update_elem(MAP(tasks), &key, row, BPF_NOEXIST)) {
-		lose(slot, SAMS_LOST_TASKS_FULL);
+/* Is this row the task's own, not one of an earlier task at the same address? */
+static __always_inline int is_row_of(struct sams_task *row, struct task_struct *task,
+				     enum typing how)
+{
+	u64 start_ns = LOAD(how, task, start_boottime);
+	u32 pid = LOAD(how, task, pid), tgid = LOAD(how, task, tgid);
+
+	if (row->start_ns == start_ns && row->pid == pid)
+		return 1;
+	/* A thread that execs takes over number and birth of its leader (de_thread()). */
+	if (pid != tgid || row->tgid != tgid || row->pid == tgid)
 		return 0;
-	}
-	__sync_fetch_and_add(&slot->tasks, 1);
+	row->pid = pid;
+	row->start_ns = start_ns;
 	return 1;
 }
 
-static __always_inline int keep_process(struct task_struct *task, struct sams_slot *slot,
-					u32 state, u64 how)
+/*
+ * The row of a task, 0 if it has none. A row whose task's free was not seen stays until
+ * the harvest finds it, or a task of a job comes to its address.
+ */
+static __always_inline struct sams_task *row_of(struct task_struct *task)
 {
-	struct sams_process process = {.slot_id = slot->id, .state = state};
-	u64 key = (u64)READ(task, signal);
+	u64 key = (u64)task;
+	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
 
-	return !bpf_map_update_elem(MAP(processes), &key, &process, how);
+	return row && is_row_of(row, task, TYPED) ? row : 0;
 }
 
-/*
- * A task known to be dead or gone whose row is still there: its free was not seen. What
- * was charged last stays; if a later task stands at the address, it gets its own row.
- */
-static __always_inline void drop_stale(struct sams_task *row, u64 key)
-{
-	struct sams_slot *slot = slot_of(row->slot_id);
+enum keeping { KEPT, NO_ROOM, THERE_ALREADY };
 
-	if (slot)
-		lose(slot, SAMS_LOST_MISSED_DEATHS);
-	drop_task(key, slot);
+static __always_inline enum keeping keep_task(struct task_struct *task, enum typing how,
+					      struct sams_task *row, struct sams_slot *slot)
+{
+	u64 key = (u64)task;
+	long error;
+
+	row->pid = LOAD(how, task, pid);
+	row->tgid = LOAD(how, task, tgid);
+	row->start_ns = LOAD(how, task, start_boottime);
+	error = bpf_map_update_elem(MAP(tasks), &key, row, BPF_NOEXIST);
+	if (error == -17) { /* EEXIST */
+		struct sams_task *stale = bpf_map_lookup_elem(MAP(tasks), &key);
+
+		if (stale && is_row_of(stale, task, how))
+			return THERE_ALREADY;
+		if (stale) {
+			struct sams_slot *its = slot_of(stale->slot_id);
+
+			if (its)
+				charge_unseen(stale, its);
+			drop_task(key, its);
+		}
+		error = bpf_map_update_elem(MAP(tasks), &key, row, BPF_NOEXIST);
+	}
+	if (error) {
+		struct sams_node *all = the_node();
+
+		if (all)
+			all->refused = 1;
+		lose(slot, SAMS_LOST_TASKS_FULL);
+		return NO_ROOM;
+	}
+	__sync_fetch_and_add(&slot->tasks, 1);
+	return KEPT;
+}
+
+/* A row for the process of a task that is not its only thread; 0 if there is one already. */
+static __always_inline int keep_process(struct task_struct *task, enum typing how,
+					struct sams_slot *slot, u32 state)
+{
+	struct sams_process process = {.slot_id = slot->id, .state = state};
+	u64 key = (u64)LOAD(how, task, signal);
+
+	return !bpf_map_update_elem(MAP(processes), &key, &process, BPF_NOEXIST);
+}
+
+static __always_inline int has_threads(struct task_struct *task, enum typing how)
+{
+	struct signal_struct *signal = LOAD(how, task, signal);
+
+	return LOAD(how, signal, nr_threads) > 1;
 }
 
 /* ---- new tasks -------------------------------------------------------------------- */
 
-static __always_inline int new_task(struct task_struct *child)
+static __always_inline void new_task(struct task_struct *child, struct task_struct *parent)
 {
-	struct task_struct *parent = (void *)bpf_get_current_task();
-	u64 key = (u64)child, parent_key = (u64)parent, cgroup = cgroup_of(child);
-	struct sams_task *origin, *stale, row = {};
+	u64 key = (u64)child, cgroup = task_cgroup_id(child, option_controller), begin;
+	struct sams_task *origin = row_of(parent), *kept, row = {};
 	struct sams_slot *slot = 0, *home = 0, *owner;
-	int process, inside = 0;
+	int process, inside = 0, same;
 	u32 *id, slot_id;
 
-	stale = bpf_map_lookup_elem(MAP(tasks), &key);
-	if (stale) {
-		if (stale->start_ns == READ(child, start_boottime) &&
-		    stale->pid == (u32)READ(child, pid))
-			return 0; /* moved into the job before we were told that it exists */
-		drop_stale(stale, key);
-	}
-	origin = bpf_map_lookup_elem(MAP(tasks), &parent_key);
 	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
 	slot_id = id ? *id : 0; /* of a slot in use it is never 0 */
-	if (!slot_id && !origin)
-		return 0;
-	process = is_leader(child);
+	if ((!slot_id && !origin) || is_off())
+		return;
+	begin = enter();
+	process = is_leader(child, TYPED);
 	if (origin) {
 		home = slot_of(origin->slot_id);
 		inside = home && !(origin->state & SAMS_ROW_OUTSIDE);
@@ -430,15 +524,24 @@ static __always_inline int new_task(struct task_struct *child)
 			row.state = SAMS_ROW_NATIVE;
 	} else {
 		if (!home)
-			return 0;
+			return;
 		owner = home;
 		row.state = SAMS_ROW_NATIVE | SAMS_ROW_OUTSIDE;
 	}
+	same = row.state && (row.state & SAMS_ROW_OUTSIDE) == (origin->state & SAMS_ROW_OUTSIDE);
 	row.slot_id = owner->id;
+	row.image = same ? origin->image & ~SAMS_IMAGE_OWED : SAMS_IMAGE(SAMS_OVERFLOW);
+	if (!process) {
+		row.state |= SAMS_ROW_THREADED;
+		if (origin)
+			row.rss_base_pages = origin->rss_base_pages;
+	}
+	if (keep_task(child, TYPED, &row, owner) == THERE_ALREADY)
+		return; /* moved into the job before we were told that it exists */
 	if (process) {
 		if (inside) {
 			__sync_fetch_and_add(&home->forks, 1);
-			__sync_fetch_and_add(&counters_of(home, origin->index, 0)->forks, 1);
+			__sync_fetch_and_add(&origin->image, 1);
 			if (!slot || slot->id != home->id) /* CLONE_INTO_CGROUP */
 				__sync_fetch_and_add(&home->moved_out, 1);
 		}
@@ -447,174 +550,184 @@ static __always_inline int new_task(struct task_struct *child)
 				__sync_fetch_and_add(&slot->adopted, 1);
 			__sync_fetch_and_add(&slot->live, 1);
 		}
-		keep_process(child, owner, row.state, BPF_ANY);
+	} else if (home && !(origin->state & SAMS_ROW_THREADED)) {
+		origin->state |= SAMS_ROW_THREADED;
+		keep_process(child, TYPED, home, origin->state);
 	}
 	/* Last, when little else is known: what follows is checked once for all that came before. */
-	if (row.state && (row.state & SAMS_ROW_OUTSIDE) == (origin->state & SAMS_ROW_OUTSIDE))
-		row.index = origin->index;
-	else
-		row.index = executable_of(owner, child, row.state, 0, SCRATCH_NEW);
-	keep_task(child, &row, owner);
-	return 0;
+	if (!same) {
+		row.image = SAMS_IMAGE(
+			executable_of(owner, child, TYPED, row.state, 0, SCRATCH_NEW));
+		kept = bpf_map_lookup_elem(MAP(tasks), &key);
+		if (kept)
+			kept->image = row.image;
+	}
+	leave(begin);
 }
 
 PROGRAM(on_new_task, "task_newtask")
 {
-	u64 begin = enter();
-
-	if (begin == 1)
-		return 0;
-	new_task((void *)ARG(0));
-	leave(begin);
+	new_task((void *)ARG(0), CURRENT());
 	return 0;
 }
 
 /* ---- exec ------------------------------------------------------------------------- */
 
-static __always_inline void end_image_memory(struct task_struct *task,
-					     struct sams_process *process,
-					     struct sams_counters *counters, int exec)
+/* Peak of the image that ends, in pages: the kernel keeps that of the process over all images. */
+static __always_inline u64 image_peak(struct task_struct *task, struct sams_task *row,
+				      struct mm_struct *mm)
 {
-	struct signal_struct *signal = READ(task, signal);
-	struct mm_struct *mm = exec ? 0 : READ(task, mm);
-	u64 most = READ(signal, maxrss);
+	struct signal_struct *signal = LOAD(TYPED, task, signal);
+	u64 most = LOAD(TYPED, signal, maxrss);
 
-	/* The kernel keeps the peak of the process over all its images. */
-	if (!process || most > process->rss_base_pages)
-		peak(counters, most);
-	else if (mm)
-		peak(counters, READ(mm, hiwater_rss));
-	if (process && exec && most > process->rss_base_pages)
-		process->rss_base_pages = most;
+	if (most > row->rss_base_pages)
+		return most;
+	return mm ? LOAD(TYPED, mm, hiwater_rss) : 0;
 }
 
-static __always_inline int exec(struct task_struct *task, struct linux_binprm *bprm)
+static __always_inline void exec(struct task_struct *task, struct linux_binprm *bprm)
 {
-	u64 key = (u64)task, group;
-	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
+	struct sams_task *row = row_of(task);
+	u64 begin, most, now[SAMS_COLUMNS];
 	struct sams_counters *counters;
 	struct sams_slot *slot;
 
-	if (!row)
-		return 0;
+	if (!row || is_off())
+		return;
+	begin = enter();
 	slot = slot_of(row->slot_id);
 	if (!slot)
-		return 0;
-	counters = counters_of(slot, row->index, row->state);
-	settle_current(row, slot, counters, task);
-	group = (u64)READ(task, signal);
-	end_image_memory(task, bpf_map_lookup_elem(MAP(processes), &group), counters, 1);
-	row->index = executable_of(slot, task, row->state, bprm, SCRATCH_EXEC);
-	row->pid = READ(task, pid); /* a thread that execs takes over the leader's */
-	__sync_fetch_and_add(&counters_of(slot, row->index, row->state)->execs, 1);
-	return 0;
+		return;
+	counters = image_of(row, slot);
+	read_columns(task, TYPED, now);
+	now[SAMS_CPU] = cpu_of_current(task, slot);
+	settle(row, counters, now, FORWARD);
+	most = image_peak(task, row, 0); /* the old memory has gone, and is in `maxrss` */
+	if (most) {
+		peak(counters, most);
+		row->rss_base_pages = most;
+	}
+	row->image = SAMS_IMAGE(executable_of(slot, task, TYPED, row->state, bprm, SCRATCH_EXEC)) |
+		     SAMS_IMAGE_EXEC;
+	leave(begin);
 }
 
 PROGRAM(on_exec, "sched_process_exec")
 {
-	u64 begin = enter();
-
-	if (begin == 1)
-		return 0;
 	exec((void *)ARG(0), (void *)ARG(2));
-	leave(begin);
 	return 0;
 }
 
 /* ---- death ------------------------------------------------------------------------ */
 
-static __always_inline void process_died(struct task_struct *task, struct sams_slot *slot,
-					 struct sams_counters *counters)
+/* Whether the process dies with this task, of whose thread it is the last; counts its death. */
+static __always_inline int process_died(struct task_struct *task, struct sams_task *row,
+					struct sams_slot *slot)
 {
-	struct signal_struct *signal = READ(task, signal);
+	struct signal_struct *signal = LOAD(TYPED, task, signal);
+	int live = LOAD(TYPED, signal, live.counter);
+	u32 state = row->state;
 	u64 key = (u64)signal;
-	struct sams_process *process;
 
-	if (READ(signal, live.counter) != 0)
-		return;
-	process = bpf_map_lookup_elem(MAP(processes), &key);
-	if (!process)
-		return;
-	end_image_memory(task, process, counters, 0);
-	/* Two threads may both see live == 0: who deletes the row counts the death. */
-	if (process->slot_id != slot->id || process->state & SAMS_ROW_OUTSIDE)
-		slot = slot_of(process->slot_id);
-	if (process->state & SAMS_ROW_OUTSIDE)
-		slot = 0;
-	if (bpf_map_delete_elem(MAP(processes), &key))
-		return;
-	__sync_fetch_and_add(&counters->exits, 1);
-	if (slot) {
+	if (!(state & SAMS_ROW_THREADED)) {
+		if (live) {
+			/* Taken up at the moment in which it made its first thread. */
+			keep_process(task, TYPED, slot, state);
+			return 0;
+		}
+	} else {
+		struct sams_process *process;
+
+		if (live)
+			return 0;
+		process = bpf_map_lookup_elem(MAP(processes), &key);
+		if (!process)
+			return 0;
+		/* Threads may stand in several cgroups. */
+		if (process->slot_id != slot->id)
+			slot = slot_of(process->slot_id);
+		state = process->state;
+		/* Two threads may both see live == 0: who deletes the row counts the death. */
+		if (bpf_map_delete_elem(MAP(processes), &key))
+			return 0;
+	}
+	if (slot && !(state & SAMS_ROW_OUTSIDE)) {
 		__sync_fetch_and_add(&slot->exits, 1);
 		__sync_fetch_and_add(&slot->live, -1);
 	}
+	return 1;
 }
 
-static __always_inline int exits(struct task_struct *task)
+/* What is known here is kept in the row, in case that the task's free is not seen. */
+static __always_inline void exits(struct task_struct *task)
 {
-	u64 key = (u64)task;
-	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
-	struct sams_counters *counters;
+	struct sams_task *row = row_of(task);
 	struct sams_slot *slot;
+	u64 begin;
 
-	if (!row)
-		return 0;
+	if (!row || is_off())
+		return;
+	begin = enter();
 	slot = slot_of(row->slot_id);
 	if (!slot)
-		return 0;
-	counters = counters_of(slot, row->index, row->state);
+		return;
 	row->state |= SAMS_ROW_EXITING;
-	settle_current(row, slot, counters, task);
-	process_died(task, slot, counters);
-	return 0;
+	row->exit_ns = cpu_of_current(task, slot);
+	if (process_died(task, row, slot))
+		row->died_pages = 1 + image_peak(task, row, LOAD(TYPED, task, mm));
+	leave(begin);
 }
 
 PROGRAM(on_exit, "sched_process_exit")
 {
-	u64 begin = enter();
-
-	if (begin == 1)
-		return 0;
 	exits((void *)ARG(0));
-	leave(begin);
 	return 0;
 }
 
-/* The task's counters will not change any more: charge what is missing, let the row go. */
-static __always_inline int finalise(struct task_struct *task)
+/* No room for its row: all it ever ran goes to the overflow row of its job. */
+static __always_inline void charge_refused(struct task_struct *task)
 {
-	u64 key = (u64)task, now[SAMS_COLUMNS];
-	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
+	struct sams_node *all = the_node();
+	struct sams_slot *slot;
+	u64 cgroup;
+	u32 *id;
+
+	if (!all || !all->refused || all->tripped)
+		return;
+	cgroup = task_cgroup_id(task, option_controller);
+	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
+	slot = id ? slot_of(*id) : 0;
+	if (slot && slot->lost[SAMS_LOST_TASKS_FULL])
+		__sync_fetch_and_add(&slot->overflow.column[SAMS_CPU],
+				     LOAD(TYPED, task, se.sum_exec_runtime));
+}
+
+/* The task's counters will not change any more: charge what is missing, let the row go. */
+static __always_inline void finalise(struct task_struct *task)
+{
+	struct sams_task *row = row_of(task);
+	u64 begin, now[SAMS_COLUMNS];
 	struct sams_slot *slot;
 
 	if (!row) {
-		/* No room for its row: all it ever ran goes to the overflow row of its job. */
-		u64 cgroup = cgroup_of(task);
-		u32 *id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
-
-		slot = id ? slot_of(*id) : 0;
-		if (slot && slot->lost[SAMS_LOST_TASKS_FULL])
-			__sync_fetch_and_add(&slot->overflow.column[SAMS_CPU],
-					     READ(task, se.sum_exec_runtime));
-		return 0;
+		charge_refused(task);
+		return;
 	}
+	if (is_off())
+		return;
+	begin = enter();
 	slot = slot_of(row->slot_id);
 	if (slot) {
-		read_columns(task, now);
-		settle(row, counters_of(slot, row->index, row->state), now, BOUNDARY);
+		read_columns(task, TYPED, now);
+		settle(row, image_of(row, slot), now, BOUNDARY);
 	}
-	drop_task(key, slot);
-	return 0;
+	drop_task((u64)task, slot);
+	leave(begin);
 }
 
 PROGRAM(on_free, "sched_process_free")
 {
-	u64 begin = enter();
-
-	if (begin == 1)
-		return 0;
 	finalise((void *)ARG(0));
-	leave(begin);
 	return 0;
 }
 
@@ -622,40 +735,16 @@ PROGRAM(on_free, "sched_process_free")
 PROGRAM(on_switch, "sched_switch")
 {
 	struct task_struct *previous = (void *)ARG(1);
-	u64 begin;
 
-	if (!(task_state(previous) & TASK_DEAD))
-		return 0;
-	begin = enter();
-	if (begin == 1)
-		return 0;
-	finalise(previous);
-	leave(begin);
+	if (task_state(previous, TYPED) & TASK_DEAD)
+		finalise(previous);
 	return 0;
 }
 
 /* ---- moves between cgroups -------------------------------------------------------- */
 
-/*
- * The process moves with its group, or with its leader where threads move one by one.
- * After the first thread of a group the row says where it is, and nothing more happens.
- */
-static __always_inline void move_process(struct task_struct *task, struct sams_slot *to,
-					 u32 slot_id, u32 state)
+static __always_inline void count_move(struct sams_slot *from, struct sams_slot *to)
 {
-	u64 key = (u64)READ(task, signal);
-	struct sams_process *process = bpf_map_lookup_elem(MAP(processes), &key);
-	struct sams_slot *from = 0;
-
-	if (!process) {
-		if (to && keep_process(task, to, 0, BPF_NOEXIST)) {
-			__sync_fetch_and_add(&to->moved_in, 1);
-			__sync_fetch_and_add(&to->live, 1);
-		}
-		return;
-	}
-	if (!(process->state & SAMS_ROW_OUTSIDE))
-		from = slot_of(process->slot_id);
 	if (from && to && from->id == to->id)
 		return;
 	if (from) {
@@ -665,7 +754,30 @@ static __always_inline void move_process(struct task_struct *task, struct sams_s
 	if (to) {
 		__sync_fetch_and_add(&to->moved_in, 1);
 		__sync_fetch_and_add(&to->live, 1);
-	} else if (!(state & SAMS_ROW_OUTSIDE)) {
+	}
+}
+
+/*
+ * A process of several threads moves with its group, or with its leader where threads move
+ * one by one. After the first thread of a group its row says where it is, and nothing more
+ * happens.
+ */
+static __always_inline void move_process(struct task_struct *task, struct sams_slot *to,
+					 u32 slot_id, u32 state)
+{
+	u64 key = (u64)READ(task, signal);
+	struct sams_process *process = bpf_map_lookup_elem(MAP(processes), &key);
+	struct sams_slot *from = 0;
+
+	if (!process) {
+		if (to && keep_process(task, BARE, to, 0))
+			count_move(0, to);
+		return;
+	}
+	if (!(process->state & SAMS_ROW_OUTSIDE))
+		from = slot_of(process->slot_id);
+	count_move(from, to);
+	if (!to && !(state & SAMS_ROW_OUTSIDE)) {
 		bpf_map_delete_elem(MAP(processes), &key);
 		return;
 	}
@@ -692,28 +804,35 @@ static __always_inline void move(struct task_struct *task, struct walk *walk)
 	struct sams_slot *to = walk->to_id ? slot_of(walk->to_id) : 0, *from;
 	u64 key = (u64)task;
 	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key), fresh = {};
-	int with_process = walk->head || is_leader(task);
+	int with_process = walk->head || is_leader(task, BARE), was_inside;
 
 	if (!row) {
 		if (!to || READ(task, exit_state) || READ(task, flags) & PF_EXITING)
 			return; /* also a dead leader that comes along with its group */
 		fresh.slot_id = to->id;
-		fresh.index = walk->inside;
-		read_columns(task, fresh.charged);
-		if (keep_task(task, &fresh, to) && with_process)
+		fresh.image = SAMS_IMAGE(walk->inside);
+		if (has_threads(task, BARE))
+			fresh.state = SAMS_ROW_THREADED;
+		read_columns(task, BARE, fresh.charged);
+		if (keep_task(task, BARE, &fresh, to) != KEPT)
+			return;
+		if (!fresh.state)
+			count_move(0, to);
+		else if (with_process)
 			move_process(task, to, to->id, 0);
 		return;
 	}
 	from = slot_of(row->slot_id);
-	if (from && !(row->state & SAMS_ROW_OUTSIDE) && to && to->id == from->id)
+	was_inside = from && !(row->state & SAMS_ROW_OUTSIDE);
+	if (was_inside && to && to->id == from->id)
 		return; /* between nested cgroups of one job */
-	if (!to && (!from || row->state & SAMS_ROW_OUTSIDE))
+	if (!to && !was_inside)
 		return; /* was outside, stays outside */
 	if (from) {
 		/* The counters of both cgroups change over at the task's counter as it stands:
 		 * a running slice will be charged where the task is when it ends. */
-		read_columns(task, fresh.charged);
-		settle(row, counters_of(from, row->index, row->state), fresh.charged, BOUNDARY);
+		read_columns(task, BARE, fresh.charged);
+		settle(row, image_of(row, from), fresh.charged, BOUNDARY);
 	}
 	if (to) {
 		if (!from || to->id != from->id) {
@@ -724,12 +843,17 @@ static __always_inline void move(struct task_struct *task, struct walk *walk)
 			row->slot_id = to->id;
 		}
 		row->state &= ~SAMS_ROW_OUTSIDE;
-		row->index = walk->inside;
+		row->image = SAMS_IMAGE(walk->inside);
 	} else if (row->state & SAMS_ROW_NATIVE) {
 		row->state |= SAMS_ROW_OUTSIDE;
-		row->index = row->slot_id == walk->from_id ? walk->outside : SAMS_OVERFLOW;
+		row->image = SAMS_IMAGE(row->slot_id == walk->from_id ? walk->outside :
+									SAMS_OVERFLOW);
 	}
-	if (with_process && !(row->state & SAMS_ROW_EXITING))
+	if (row->state & SAMS_ROW_EXITING)
+		; /* its process, if it was the last thread, has died where it was */
+	else if (!(row->state & SAMS_ROW_THREADED))
+		count_move(was_inside ? from : 0, to);
+	else if (with_process)
 		move_process(task, to, row->slot_id, row->state);
 	if (!to && !(row->state & SAMS_ROW_NATIVE))
 		drop_task(key, from);
@@ -775,7 +899,7 @@ static __always_inline void plan(struct walk *walk, struct task_struct *task)
 	}
 	if (!slot)
 		return;
-	walk->inside = executable_of(slot, with_image(task), state, 0, SCRATCH_MOVE);
+	walk->inside = executable_of(slot, with_image(task), BARE, state, 0, SCRATCH_MOVE);
 	if (state) {
 		walk->from_id = slot->id;
 		walk->outside = walk->inside;
@@ -791,12 +915,10 @@ PROGRAM(on_attach, "cgroup_attach_task")
 	struct walk walk = {.outside = SAMS_OVERFLOW};
 	u32 *id;
 
-	if (READ(READ(cgroup, root), hierarchy_id) != option_hierarchy)
+	if (READ(READ(cgroup, root), hierarchy_id) != option_hierarchy || is_off())
 		return 0;
 	begin = enter();
-	if (begin == 1)
-		return 0;
-	cgroup_id = cgroup_kernfs_id(cgroup);
+	cgroup_id = cgroup_kernfs_id(cgroup, TYPED);
 	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup_id);
 	if (id)
 		walk.to_id = *id;
@@ -960,7 +1082,7 @@ static __always_inline void new_cgroup(struct cgroup *cgroup, const char *kernel
 {
 	u32 which = SCRATCH_NEW, i, *known;
 	volatile u32 *length, *slash;
-	u64 id = cgroup_kernfs_id(cgroup), parent_id, hash;
+	u64 id = cgroup_kernfs_id(cgroup, TYPED), parent_id, hash;
 	struct cgroup *parent = enclosing(cgroup);
 	struct sams_slot *slot;
 	struct sams_name *room;
@@ -969,7 +1091,7 @@ static __always_inline void new_cgroup(struct cgroup *cgroup, const char *kernel
 
 	if (!parent)
 		return;
-	parent_id = cgroup_kernfs_id(parent);
+	parent_id = cgroup_kernfs_id(parent, BARE);
 	known = bpf_map_lookup_elem(MAP(cgroups), &parent_id);
 	if (known) {
 		slot = slot_of(*known);
@@ -1016,11 +1138,9 @@ PROGRAM(on_mkdir, "cgroup_mkdir")
 	struct cgroup *cgroup = (void *)ARG(0);
 	u64 begin;
 
-	if (READ(READ(cgroup, root), hierarchy_id) != option_hierarchy)
+	if (READ(READ(cgroup, root), hierarchy_id) != option_hierarchy || is_off())
 		return 0;
 	begin = enter();
-	if (begin == 1)
-		return 0;
 	new_cgroup(cgroup, (const char *)ARG(1));
 	leave(begin);
 	return 0;
@@ -1035,7 +1155,7 @@ PROGRAM(on_rmdir, "cgroup_rmdir")
 
 	if (READ(READ(cgroup, root), hierarchy_id) != option_hierarchy)
 		return 0;
-	id = cgroup_kernfs_id(cgroup);
+	id = cgroup_kernfs_id(cgroup, TYPED);
 	slot_id = bpf_map_lookup_elem(MAP(cgroups), &id);
 	if (!slot_id)
 		return 0;
@@ -1061,22 +1181,21 @@ static __always_inline int settle_row(u64 key)
 	if (!row)
 		return 0;
 	slot = slot_of(row->slot_id);
-	read_columns(task, now);
+	read_columns(task, BARE, now);
 	mm = READ(task, mm);
-	dead = task_state(task) & TASK_DEAD;
+	dead = task_state(task, BARE) & TASK_DEAD;
 	/* Last, so that what was read above was this task's. */
-	if (!slot || READ(task, start_boottime) != row->start_ns ||
-	    (u32)READ(task, pid) != row->pid) {
+	if (!slot || !is_row_of(row, task, BARE)) {
 		if (slot) {
-			lose(slot, SAMS_LOST_MISSED_DEATHS);
+			charge_unseen(row, slot);
 			__sync_fetch_and_add(&slot->tasks, -1);
 		}
 		row->slot_id = 0;
 		return 1;
 	}
-	counters = counters_of(slot, row->index, row->state);
+	counters = image_of(row, slot);
 	settle(row, counters, now, dead ? BOUNDARY : FORWARD);
-	if (mm && is_leader(task)) {
+	if (mm && is_leader(task, BARE)) {
 		peak(counters, mm_rss_pages(mm));
 		peak(counters, READ(mm, hiwater_rss));
 	}
@@ -1088,21 +1207,24 @@ static __always_inline void take_up(struct task_struct *task)
 {
 	struct sams_task row = {};
 	struct sams_slot *slot;
-	u64 cgroup, key;
+	u64 cgroup;
 	u32 *id;
 
-	cgroup = cgroup_of(task);
+	cgroup = task_cgroup_id(task, option_controller);
 	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
 	slot = id ? slot_of(*id) : 0;
-	key = (u64)task;
-	if (!slot || bpf_map_lookup_elem(MAP(tasks), &key))
+	if (!slot || row_of(task))
 		return;
-	if (READ(task, exit_state) || READ(task, flags) & PF_EXITING)
+	if (LOAD(TYPED, task, exit_state) || LOAD(TYPED, task, flags) & PF_EXITING)
 		return;
 	row.slot_id = slot->id;
-	read_columns(task, row.charged);
-	row.index = executable_of(slot, task, 0, 0, SCRATCH_ADOPT);
-	if (keep_task(task, &row, slot) && keep_process(task, slot, 0, BPF_NOEXIST)) {
+	read_columns(task, TYPED, row.charged);
+	row.image = SAMS_IMAGE(executable_of(slot, task, TYPED, 0, 0, SCRATCH_ADOPT));
+	if (has_threads(task, TYPED))
+		row.state = SAMS_ROW_THREADED;
+	if (keep_task(task, TYPED, &row, slot) != KEPT)
+		return;
+	if (!row.state || keep_process(task, TYPED, slot, 0)) {
 		__sync_fetch_and_add(&slot->adopted, 1);
 		__sync_fetch_and_add(&slot->live, 1);
 	}

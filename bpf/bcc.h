@@ -35,6 +35,7 @@ struct mount {
 #define barrier_var(var) asm volatile("" : "=r"(var) : "0"(var))
 
 #define NO_BPF_LOOP
+#define NO_TYPED_POINTERS
 #define NO_FETCHING_ATOMICS
 #define MAP(name) ((void *)bpf_pseudo_fd(1, MAP_##name))
 #define OPTION(type, name, preset)
@@ -53,8 +54,9 @@ struct mount {
 		_value;                                                                      \
 	})
 
-static __always_inline u32 task_state(struct task_struct *task)
+static __always_inline u32 task_state(struct task_struct *task, int how)
 {
+	(void)how;
 	return READ(task, TASK_STATE); /* __state or state, told by the loader */
 }
 

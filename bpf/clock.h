@@ -7,6 +7,12 @@
 
 #ifndef SAMS_BCC
 
+/* The CPU's clock counter; negative: it cannot be read. */
+static __always_inline s64 clock_counter(void)
+{
+	return bpf_perf_event_read(MAP(clocks), BPF_F_CURRENT_CPU);
+}
+
 /*
  * What the current task has run since its counter was last brought up to date. The
  * counter of the CPU's clock (local_clock()) stands at a constant distance from rq->clock,
@@ -15,20 +21,21 @@
  */
 static __always_inline s64 running_slice(struct task_struct *current)
 {
-	struct bpf_perf_event_value value = {};
 	struct sams_cost *cost = this_cpu();
 	struct rq *rq;
-	s64 slice;
+	s64 slice, counter;
 
 	if (!option_slices || !cost || !cost->clock_samples)
 		return -1;
 	rq = run_queue(current);
-	if (!rq || READ(rq, cpu) != (int)bpf_get_smp_processor_id())
+	if (!rq || LOAD(TYPED, rq, cpu) != (int)bpf_get_smp_processor_id())
 		return -1;
-	if (bpf_perf_event_read_value(MAP(clocks), BPF_F_CURRENT_CPU, &value, sizeof(value)))
+	counter = clock_counter();
+	if (counter < 0)
 		return -1;
-	slice = (s64)(value.counter + cost->clock_offset_ns) -
-		(s64)(READ(rq, clock) - READ(rq, clock_task)) - (s64)READ(current, se.exec_start);
+	slice = counter + cost->clock_offset_ns -
+		(s64)(LOAD(TYPED, rq, clock) - LOAD(TYPED, rq, clock_task)) -
+		(s64)LOAD(TYPED, current, se.exec_start);
 	return slice > 0 ? slice : 0;
 }
 
@@ -39,17 +46,17 @@ static __always_inline s64 running_slice(struct task_struct *current)
  */
 PROGRAM(on_calibrate, "sched_switch")
 {
-	struct bpf_perf_event_value value = {};
 	struct sams_cost *cost = this_cpu();
 	struct rq *rq = run_queue((void *)ARG(2));
-	s64 offset;
+	s64 offset, counter;
 
-	if (!cost || !rq || READ(rq, cpu) != (int)bpf_get_smp_processor_id())
+	if (!cost || !rq || LOAD(TYPED, rq, cpu) != (int)bpf_get_smp_processor_id())
 		return 0;
-	offset = READ(rq, clock);
-	if (bpf_perf_event_read_value(MAP(clocks), BPF_F_CURRENT_CPU, &value, sizeof(value)))
+	offset = LOAD(TYPED, rq, clock);
+	counter = clock_counter();
+	if (counter < 0)
 		return 0;
-	offset -= value.counter;
+	offset -= counter;
 	if (!cost->clock_samples || offset > cost->clock_offset_ns)
 		cost->clock_offset_ns = offset;
 	cost->clock_samples++;

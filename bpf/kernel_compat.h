@@ -19,11 +19,6 @@
 #define MAP(name)		   (&(name))
 #define OPTION(type, name, preset) const volatile type name = preset
 
-/* PROGRAM(name, "tracepoint") { … ARG(0) … } */
-#define PROGRAM(name, tracepoint) \
-	SEC("raw_tp/" tracepoint) \
-	int name(struct bpf_raw_tracepoint_args *ctx)
-
 /* READ(pointer, field.of.it): one probe read; the value is 0 where it cannot be read. */
 #define READ(pointer, field)                                                                 \
 	({                                                                                   \
@@ -33,22 +28,51 @@
 		_value;                                                                      \
 	})
 
+/*
+ * PROGRAM(name, "tracepoint") { … ARG(0) … }
+ *
+ * The arguments of a tracepoint come with their types, and the verifier lets programs load
+ * through such a pointer and all that is reached from it, at the price of one instruction:
+ * LOAD(TYPED, …). Pointers made from numbers (keys, container()) have no type and are read
+ * by the helper: LOAD(BARE, …). Typed or not, what cannot be read is 0.
+ */
+#ifndef NO_TYPED_POINTERS
+#define PROGRAM(name, tracepoint) \
+	SEC("tp_btf/" tracepoint) \
+	int name(u64 *ctx)
+#define ARG(n)			     (ctx[n])
+#define CURRENT()		     bpf_get_current_task_btf()
+#define LOAD(typing, pointer, field) ((typing) == TYPED ? (pointer)->field : READ(pointer, field))
+#endif
+
 #define TASK_DEAD     0x80
 #define PF_EXITING    0x4
 #endif
 
-#define ARG(n) (ctx->args[n])
+enum typing { BARE, TYPED };
+
+#ifdef NO_TYPED_POINTERS
+#ifndef SAMS_BCC
+#define PROGRAM(name, tracepoint) \
+	SEC("raw_tp/" tracepoint) \
+	int name(struct bpf_raw_tracepoint_args *ctx)
+#endif
+#define ARG(n)			     (ctx->args[n])
+#define CURRENT()		     ((struct task_struct *)bpf_get_current_task())
+#define LOAD(typing, pointer, field) ((void)(typing), READ(pointer, field))
+#endif
+
 #define container(pointer, type, member) \
 	((type *)((char *)(pointer) - bpf_core_field_offset(type, member)))
 
 #ifndef SAMS_BCC
-static __always_inline u32 task_state(struct task_struct *task)
+static __always_inline u32 task_state(struct task_struct *task, enum typing how)
 {
 	struct task_struct___before_5_14 *old = (void *)task;
 
 	if (bpf_core_field_exists(task->__state))
-		return READ(task, __state);
-	return READ(old, state);
+		return LOAD(how, task, __state);
+	return LOAD(how, old, state);
 }
 
 static __always_inline u64 mm_rss_pages(struct mm_struct *mm)
@@ -81,26 +105,26 @@ static __always_inline struct rq *run_queue(struct task_struct *task)
 
 	if (!bpf_core_field_exists(task->se.cfs_rq) || !bpf_core_field_exists(cfs_rq->rq))
 		return 0;
-	cfs_rq = READ(task, se.cfs_rq);
-	return cfs_rq ? READ(cfs_rq, rq) : 0;
+	cfs_rq = LOAD(TYPED, task, se.cfs_rq);
+	return cfs_rq ? LOAD(TYPED, cfs_rq, rq) : 0;
 }
 #endif
 
-static __always_inline u32 mount_namespace(struct task_struct *task)
+static __always_inline u32 mount_namespace(struct task_struct *task, enum typing how)
 {
-	struct nsproxy *proxy = READ(task, nsproxy);
-	struct mnt_namespace *namespace = proxy ? READ(proxy, mnt_ns) : 0;
+	struct nsproxy *proxy = LOAD(how, task, nsproxy);
+	struct mnt_namespace *namespace = proxy ? LOAD(how, proxy, mnt_ns) : 0;
 
-	return namespace ? READ(namespace, ns.inum) : 0;
+	return namespace ? LOAD(how, namespace, ns.inum) : 0;
 }
 
 /* `id` replaced `union kernfs_node_id`, whose u64 stood at the same place and name, in 67c0496e87d1
  * ("kernfs: convert kernfs_node->id from union kernfs_node_id to u64") (in v5.5). */
-static __always_inline u64 cgroup_kernfs_id(struct cgroup *cgroup)
+static __always_inline u64 cgroup_kernfs_id(struct cgroup *cgroup, enum typing how)
 {
-	struct kernfs_node *node = READ(cgroup, kn);
+	struct kernfs_node *node = LOAD(how, cgroup, kn);
 
-	return node ? READ(node, id) : 0;
+	return node ? LOAD(how, node, id) : 0;
 }
 
 /* Place of a v1 controller in css_set.subsys, negative for the v2 tree and for a controller
@@ -136,24 +160,28 @@ static __always_inline int ssid_of(u32 controller)
 	}
 }
 
-/* The cgroup of a task in the tree of `controller`. */
-static __always_inline struct cgroup *task_cgroup(struct task_struct *task, u32 controller)
+/* Number of the task's cgroup in the tree of `controller`, 0 if it has none. */
+static __always_inline u64 task_cgroup_id(struct task_struct *task, u32 controller)
 {
-	struct css_set *set = READ(task, cgroups);
+	struct css_set *set = LOAD(TYPED, task, cgroups);
 	struct cgroup_subsys_state *css = 0;
+	struct cgroup *cgroup;
 	int ssid;
 
 	if (!set)
 		return 0;
-	if (controller == SAMS_V2)
-		return READ(set, dfl_cgrp);
+	if (controller == SAMS_V2) {
+		cgroup = LOAD(TYPED, set, dfl_cgrp);
+		return cgroup ? cgroup_kernfs_id(cgroup, TYPED) : 0;
+	}
 	ssid = ssid_of(controller);
 	if (ssid < 0)
 		return 0;
 	bpf_probe_read_kernel(&css, sizeof(css),
 			      (char *)set + bpf_core_field_offset(struct css_set, subsys) +
 				      (ssid & 15) * sizeof(css));
-	return css ? READ(css, cgroup) : 0;
+	cgroup = css ? READ(css, cgroup) : 0;
+	return cgroup ? cgroup_kernfs_id(cgroup, BARE) : 0;
 }
 
 /*

@@ -35,6 +35,7 @@ typedef struct {
 } atomic_long_t;
 
 struct qstr {
+	u32 hash;
 	u32 len;
 	const unsigned char *name;
 };
@@ -60,7 +61,13 @@ struct path {
 	struct dentry *dentry;
 };
 
+struct inode {
+	unsigned long i_ino;
+	u32 i_generation;
+};
+
 struct file {
+	struct inode *f_inode;
 	struct path f_path;
 };
 
@@ -109,6 +116,7 @@ struct task_io_accounting {
 
 struct signal_struct {
 	atomic_t live;
+	int nr_threads;
 	struct list_head thread_head;
 	unsigned long maxrss;
 };

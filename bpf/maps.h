@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0) */
 /*
  * The maps. All are pre-allocated: programs at tracepoints must not allocate on kernels
- * before 6.1. The loader sets the sizes. Never LRU: a map that is full must be told.
+ * before 6.1. The loader sets the sizes. Never LRU, since a map that is full must be told, but
+ * for `chains`, which only spares work.
  */
 #ifndef SAMS_MAPS_H
 #define SAMS_MAPS_H
@@ -37,6 +38,13 @@ struct {
 	__type(key, struct sams_name_key);
 	__type(value, struct sams_name);
 } names SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct sams_chain_key);
+	__type(value, u32); /* index of its total */
+} chains SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

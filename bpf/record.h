@@ -31,6 +31,7 @@ enum sams_state {
 	SAMS_ROW_OUTSIDE = 1, /* left the job's cgroup, still followed */
 	SAMS_ROW_NATIVE = 2,  /* forked inside the job */
 	SAMS_ROW_EXITING = 4, /* went through sched_process_exit */
+	SAMS_ROW_THREADED = 8, /* its process has a row of its own */
 };
 
 enum sams_slot_state {
@@ -109,38 +110,54 @@ struct sams_name {
 	char script[SAMS_SCRIPT_MAX];
 };
 
+/* Which executable a chain of dentries was found to be: see path.h. */
+struct sams_chain_key {
+	__u32 slot_id;
+	__u32 flags;
+	__u64 sum;
+};
+
 /* One row per task, threads included; key: the address of its task_struct. */
 struct sams_task {
 	__u32 slot_id;
-	__u32 index;
 	__u32 pid;
+	__u32 tgid;
 	__u32 state;
+	__u64 image; /* index of its total; and execs and forks that are not in the total yet */
 	__u64 start_ns; /* start_boottime: tells a row from a later task at the same address */
+	__u64 rss_base_pages; /* signal->maxrss when the image began */
 	__u64 charged[SAMS_COLUMNS];
+	__u64 exit_ns;	  /* CPU at its exit: what is charged if its free goes unseen */
+	__u64 died_pages; /* its process died with it, and is not in the total yet: 1 + peak */
 };
+#define SAMS_IMAGE(index) ((__u64)(index) << 32)
+#define SAMS_IMAGE_EXEC	  0x80000000ULL /* it began by an exec */
+#define SAMS_IMAGE_FORKS  0x7fffffffULL
+#define SAMS_IMAGE_OWED	  0xffffffffULL
 
-/* One row per live process; key: the address of its signal_struct. */
+/* One row per live process that has, or had, several threads; key: the address of its
+ * signal_struct. The row of an only thread says all that there is to say. */
 struct sams_process {
 	__u32 slot_id;
 	__u32 state;
-	__u64 rss_base_pages; /* signal->maxrss when the image began */
 };
 
 struct sams_slot {
 	__u32 id; /* low 12 bits: place in the table; the rest: how often it was used */
 	__u32 state;
+	/* What every life touches stands together. */
+	__s64 tasks; /* gauge */
+	__s64 live;  /* gauge */
+	__u64 forks;
+	__u64 exits;
+	__u64 names;
+	__s64 cgroups; /* gauge */
+	__u64 adopted;
+	__u64 moved_in;
+	__u64 moved_out;
 	__u64 path_hash;
 	__u64 birth_ns; /* CLOCK_BOOTTIME */
 	__u8 epoch[16];
-	__s64 cgroups; /* gauges */
-	__s64 tasks;
-	__s64 live;
-	__u64 names;
-	__u64 forks;
-	__u64 adopted;
-	__u64 moved_in;
-	__u64 exits;
-	__u64 moved_out;
 	__u64 lost[SAMS_LOST_KINDS];
 	struct sams_counters overflow;
 	struct sams_counters overflow_outside;
@@ -172,7 +189,7 @@ struct sams_node {
 	__u32 tripped; /* the programs took more than their limit and are off */
 	__u32 closed;  /* a newer set takes the new jobs */
 	__u32 stay;    /* loaded to stay until `unload`, jobs or not */
-	__u32 zero;
+	__u32 refused; /* some task found no room for its row */
 	__u64 slots_full;
 };
 

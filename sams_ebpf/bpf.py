@@ -184,10 +184,16 @@ def pin(fd: int, path: Path) -> None:
     _check(library().bpf_obj_pin(fd, os.fsencode(path)), f"{path}: cannot be pinned")
 
 
-def attach_raw_tracepoint(name: str, program_fd: int) -> int:
-    """Run the program at a tracepoint; descriptor of the link."""
+def attach_raw_tracepoint(name: str, program_fd: int, *, typed: bool) -> int:
+    """Run the program at a tracepoint; descriptor of the link.
+
+    typed: it was loaded for this tracepoint, for the sake of its arguments' types, and the
+    kernel does not want to be told again (BPF_RAW_TRACEPOINT_OPEN).
+    """
     what = f"tracepoint {name}: cannot be attached to"
-    return _check(library().bpf_raw_tracepoint_open(name.encode(), program_fd), what)
+    return _check(
+        library().bpf_raw_tracepoint_open(None if typed else name.encode(), program_fd), what
+    )
 
 
 def mount(source: bytes, target: Path, kind: bytes) -> int:

@@ -87,25 +87,25 @@ class Slot(NamedTuple):
 
     id: int
     state: int
+    tasks: int
+    live: int
+    forks: int
+    exits: int
+    names: int
+    cgroups: int
+    adopted: int
+    moved_in: int
+    moved_out: int
     path_hash: int
     birth_ns: int
     epoch: bytes
-    cgroups: int
-    tasks: int
-    live: int
-    names: int
-    forks: int
-    adopted: int
-    moved_in: int
-    exits: int
-    moved_out: int
     lost: dict[str, int]
     overflow: Counters
     overflow_outside: Counters
     path: bytes
 
 
-SLOT: Final = struct.Struct(f"<2I2Q16s3q6Q{len(LOST)}Q{_COUNTERS}{_COUNTERS}{CGROUP_PATH}s")
+SLOT: Final = struct.Struct(f"<2I2q3Qq3Q2Q16s{len(LOST)}Q{_COUNTERS}{_COUNTERS}{CGROUP_PATH}s")
 
 
 class Claim(NamedTuple):
@@ -132,7 +132,7 @@ class Node(NamedTuple):
     tripped: int = 0
     closed: int = 0
     stay: int = 0
-    zero: int = 0
+    refused: int = 0
     slots_full: int = 0
 
 
@@ -158,8 +158,10 @@ U64: Final = struct.Struct("<Q")
 TOTAL_KEY: Final = struct.Struct("<2I")  # slot_id, index
 NAME_KEY: Final = struct.Struct("<2IQ")  # slot_id, 0, hash
 SPLIT: Final = struct.Struct("<2Q")  # user_ns, system_ns
-TASK: Final = struct.Struct("<4I10Q")  # slot_id, index, pid, state, start_ns, charged…
-PROCESS: Final = struct.Struct("<2IQ")  # slot_id, state, rss_base_pages
+CHAIN_KEY: Final = struct.Struct("<2IQ")  # slot_id, flags, sum
+# slot_id, pid, tgid, state, image, start_ns, rss_base_pages, charged…, exit_ns, died_pages
+TASK: Final = struct.Struct("<4I14Q")
+PROCESS: Final = struct.Struct("<2I")  # slot_id, state
 
 
 def total(data: bytes) -> Total:
@@ -196,10 +198,11 @@ def new_slot(slot_id: int, epoch: bytes, path: bytes, birth_ns: int) -> bytes:
     return SLOT.pack(
         slot_id,
         SLOT_USED,
+        *[0] * 9,
         path_hash(path),
         birth_ns,
         epoch,
-        *[0] * (9 + len(LOST) + 26),
+        *[0] * (len(LOST) + 26),
         path[: CGROUP_PATH - 1],
     )
 

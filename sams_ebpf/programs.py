@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import time
 import zlib
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from sams_ebpf import bcc_loader
 
 OBJECT: Final = "accounting.bpf.o"
-# For kernels whose verifier refuses the other: without bpf_loop() and fetching atomics.
-OLDER_OBJECT: Final = "accounting-older.bpf.o"
+# In the order in which they are tried, and whether their programs are typed (see
+# bpf/kernel_compat.h). The second is for kernels whose verifier refuses the first: without
+# bpf_loop() and fetching atomics.
+OBJECTS: Final = {OBJECT: True, "accounting-older.bpf.o": False}
 TRACEPOINTS: Final = {
     "on_new_task": "task_newtask",
     "on_exec": "sched_process_exec",
@@ -43,10 +46,11 @@ CALIBRATE: Final = "on_calibrate"
 BY_HAND: Final = ("harvest", "find", "adopt")
 ITERATORS: Final = {"harvest": "tasks", "adopt": None}
 MAPS: Final = (
-    *("tasks", "processes", "totals", "names", "cgroups", "slots", "free_slots", "jobs"),
-    *("claims", "splits", "node", "costs"),
+    *("tasks", "processes", "totals", "names", "chains", "cgroups", "slots", "free_slots"),
+    *("jobs", "claims", "splits", "node", "costs"),
 )
 _ZERO: Final = layout.U32.pack(0)
+_log = logging.getLogger(__name__)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,18 +196,10 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
         return _load_with_bcc(options)
     attached = options.attached()
     wanted = attached | set(ITERATORS) | {CALIBRATE}
-    try:
-        maps, programs = _load_object(OBJECT, options, wanted)
-    except bpf.BpfError as error:
-        if error.errno in (errno.EPERM, 0):
-            raise
-        try:
-            maps, programs = _load_object(OLDER_OBJECT, options, wanted)
-        except bpf.BpfError:
-            raise error from None  # of the two, the reason of the one meant for newer kernels
+    maps, programs, typed = _load_first(options, wanted)
     _prepare(maps)
-    _calibrate(programs[CALIBRATE])
-    links = _attach(programs, attached)
+    _calibrate(programs[CALIBRATE], typed=typed)
+    links = _attach(programs, attached, typed=typed)
     iterators = {
         name: bpf.attach_iterator(programs[name], maps[over] if over else None)
         for name, over in ITERATORS.items()
@@ -213,6 +209,26 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
     maps.pop("clocks").close()
     maps.pop("scratch").close()
     return ProgramSet(maps, iterators, links)
+
+
+def _load_first(
+    options: Options, wanted: set[str]
+) -> tuple[dict[str, bpf.Map], dict[str, int], bool]:
+    """Load the first object that the kernel takes; maps, programs, and whether these are typed."""
+    reason: bpf.BpfError | None = None
+    for name, typed in OBJECTS.items():
+        try:
+            maps, programs = _load_object(name, options, wanted)
+        except bpf.BpfError as error:
+            # Of several, the reason of the one meant for newer kernels.
+            reason = reason or error
+            if error.errno in (errno.EPERM, 0):
+                break
+        else:
+            if reason is not None:
+                _log.info("%s is used: %s", name, reason)
+            return maps, programs, typed
+    raise reason or bpf.BpfError("the package was built without BPF objects")
 
 
 def _load_with_bcc(options: Options) -> ProgramSet:
@@ -235,8 +251,8 @@ def _load_with_bcc(options: Options) -> ProgramSet:
 
     made = bcc_loader.load(fds, constants, attached | set(BY_HAND) | {CALIBRATE})
     _prepare(maps)
-    _calibrate(made.programs[CALIBRATE])
-    links = _attach(made.programs, attached)
+    _calibrate(made.programs[CALIBRATE], typed=False)
+    links = _attach(made.programs, attached, typed=False)
     # Iterators need BTF: these programs are run by hand instead, so they stay.
     iterators = {name: made.programs.pop(name) for name in BY_HAND}
     for fd in made.programs.values():
@@ -253,9 +269,10 @@ def _prepare(maps: dict[str, bpf.Map]) -> None:
     _open_clocks(maps["clocks"])
 
 
-def _attach(programs: dict[str, int], names: set[str]) -> dict[str, int]:
+def _attach(programs: dict[str, int], names: set[str], *, typed: bool) -> dict[str, int]:
     return {
-        name: bpf.attach_raw_tracepoint(TRACEPOINTS[name], programs[name]) for name in sorted(names)
+        name: bpf.attach_raw_tracepoint(TRACEPOINTS[name], programs[name], typed=typed)
+        for name in sorted(names)
     }
 
 
@@ -269,6 +286,7 @@ def _load_object(
             "processes": options.tasks,
             "totals": options.executables,
             "names": options.executables,
+            "chains": options.executables,
             "splits": options.executables,
             "cgroups": options.cgroups,
             "clocks": possible_cpus(),
@@ -383,9 +401,9 @@ def _open_clocks(clocks: bpf.Map) -> None:
             os.close(fd)
 
 
-def _calibrate(program_fd: int, rounds: int = 4) -> None:
+def _calibrate(program_fd: int, *, typed: bool, rounds: int = 4) -> None:
     """Let every CPU switch a few times while the calibrating program is attached."""
-    link = bpf.attach_raw_tracepoint("sched_switch", program_fd)
+    link = bpf.attach_raw_tracepoint("sched_switch", program_fd, typed=typed)
     try:
         allowed = os.sched_getaffinity(0)
         try:

@@ -19,7 +19,8 @@ from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.programs import ProgramSet
 
 _INDEX: Final = 0xFFF
-_ROWS: Final = {"totals": layout.TOTAL_KEY, "splits": layout.TOTAL_KEY, "names": layout.NAME_KEY}
+# Maps whose keys begin with the slot's id.
+_ROWS: Final = ("totals", "splits", "names", "chains")
 
 
 def used(programs: ProgramSet) -> Iterator[layout.Slot]:

@@ -182,3 +182,39 @@ def test_each_executable_gets_its_own(make_job: MakeJob, tmp_path: Path) -> None
     for name, microseconds in burns.items():
         # Start and end of a process come on top of what it burned.
         assert microseconds * 1000 <= names[name] <= microseconds * 1000 + 8_000_000 * SCALE
+
+
+def test_a_path_that_changes_is_told_anew(make_job: MakeJob, tmp_path: Path) -> None:
+    """The kernel side knows a chain of dentries again; a change anywhere in it is another path."""
+    job = make_job(HIERARCHIES[-1])
+    folder = tmp_path / "above" / "below"
+    folder.mkdir(parents=True)
+    job.programs.copy("burn", folder / "first")
+    paths = [folder / "first"]
+    for _ in range(2):  # found anew, and known again
+        job.run(str(paths[-1]), "1000")
+    for old, new in (
+        (folder / "first", folder / "other"),  # of the same length
+        (tmp_path / "above", tmp_path / "moved"),
+    ):
+        path = Path(str(paths[-1]).replace(str(old), str(new)))
+        old.rename(new)
+        paths.append(path)
+        folder = path.parent
+        for _ in range(2):
+            job.run(str(path), "1000")
+    last = paths[-1]
+    last.unlink()  # another file, another inode, the same name
+    job.programs.copy("burn", last)
+    job.run(str(last), "1000")
+    execs = {record.path: record.execs for record in job.finish().final.records}
+    assert [execs[os.fsencode(path)] for path in paths] == [2, 2, 3]
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_harvests_while_threads_exec(make_job: MakeJob, setup: SetUp) -> None:
+    """A thread that execs becomes its leader, number and birth included: it stays the same task."""
+    job = make_job(HIERARCHIES[-1], options=Options(setup=setup, interval_s=1))
+    job.run(job.programs["thread_exec"], "3", "800000", job.programs["burn"])
+    until(lambda: len(read(job)) >= 3, "three harvests")
+    check(job, Case("thread_exec", lambda _: None), setup)

@@ -12,7 +12,8 @@ from typing import Any
 import nobpf
 import pytest
 
-from sams_ebpf import cli, probe
+from sams_ebpf import cli, probe, programs
+from sams_ebpf.cgroups import mounted
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Attempt
 
@@ -31,6 +32,19 @@ def run(*command: str, status: int = 0) -> str:
 def tried(report: dict[str, Any], name: str) -> tuple[bool | None, str]:
     (found,) = [one for one in report["tried"] if one["name"] == name]
     return found["ok"], found["detail"]
+
+
+@pytest.mark.parametrize("name", programs.OBJECTS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_every_object_is_taken(name: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is for older kernels has to load here too; and the newer must not fall back to it."""
+    monkeypatch.setattr(programs, "OBJECTS", {name: programs.OBJECTS[name]})
+    for hierarchy in mounted():
+        if hierarchy.version == 2 or "cpuacct" in hierarchy.controllers:
+            options = programs.Options(hierarchy=hierarchy, exact=exact, tasks=64, executables=64)
+            made = programs.load(options)
+            assert set(made.links) == options.attached()
+            made.close()
 
 
 def test_this_host() -> None:

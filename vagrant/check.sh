@@ -7,7 +7,7 @@ steps='"install", "probe", "unit", "work-proc", "unpack"'
 [ $# -gt 0 ] || steps="$steps, \"tests-proc\""
 for loader; do
     [ "$loader" != libbpf ] || steps="$steps, \"work-libbpf\""
-    for stage in default exact small; do
+    for stage in split default exact small; do
         steps="$steps, \"tests-$loader-$stage\""
     done
 done

@@ -11,8 +11,8 @@ HEAD = """\
 # Kernels
 
 Written by `make test-vm`, from `vagrant/kernels.yaml` and `vagrant/results.json`. Each row is
-booted in qemu without KVM, ten to twenty times slower than real hardware, on a host that does
-other things too. There the wheel is installed, three workloads are measured, a job's unit is
+booted in qemu without KVM, on one or two CPUs that are ten to twenty times slower than real ones
+and shared with other work. There the wheel is installed, workloads are measured, a job's unit is
 started by the Prolog, ended by the Epilog and shipped to a receiver, and the kernel's ledger and
 split tests run with each loader: every case, with fewer repetitions (`SAMS_TEST_SCALE=20`, see
 `tests/support/scale.py`) and the same bounds but for two: tasks that move may be off by more ticks,
@@ -20,7 +20,7 @@ and in mid-life, while the collector waits for a CPU, the difference is shown an
 that were not run say why. The same table makes the boxes of `vagrant/Vagrantfile`.
 
 A row runs in parts of a few minutes, and a part can be run by itself:
-`make test-vm VM=debian-12-v2:bcc-default`. The first run makes the disk (5 GB below `.cache/vm`).
+`make test-vm VM=debian-12-v2:bcc-split`. The first run makes the disk (5 GB below `.cache/vm`).
 
 """
 MS = 1_000_000
@@ -196,7 +196,7 @@ def _split(note: dict[str, Any]) -> str:
 def _loaders(rows: list[Row], results: dict[str, Any]) -> list[str]:
     def lines() -> Iterator[tuple[str, ...]]:
         for row in rows:
-            step = _steps(results, row).get("tests-bcc-default", {"notes": []})
+            step = _steps(results, row).get("tests-bcc-split", {"notes": []})
             for one in (note for note in step["notes"] if "bcc_cpu_ns" in note):
                 cpu = [int(one[f"{loader}_cpu_ns"]) for loader in ("libbpf", "bcc")]
                 execs = [one[f"{loader}_execs"] for loader in ("libbpf", "bcc")]

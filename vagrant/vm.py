@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache/vm")
     parser.add_argument("--results", type=Path, default=ROOT / "vagrant/results.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/kernels.md")
+    parser.add_argument("--cpus", type=int, default=2, help="of a machine that runs tests")
     arguments = parser.parse_args()
     rows = table.read()
     every = {f"{row.id}:{part}": row for row in rows if not row.vm.absent for part in row.parts}
@@ -66,7 +67,8 @@ def main() -> int:
         for name in wanted:
             row, part = every[name], name.partition(":")[2]
             print(f"{name}: booting", flush=True)
-            found = _boot(row, part, cache, disk, product)
+            tests = any(step.startswith("tests") for step in row.parts[part])
+            found = _boot(row, part, cache, disk, product, cpus=arguments.cpus if tests else 1)
             print(f"{name}: {report.verdict(row, part, found)}", flush=True)
             results = _keep(arguments.results, row, part, found)
             arguments.page.write_text(report.page(rows, results))
@@ -120,7 +122,9 @@ def _build(folder: Path) -> None:
     (folder / "start.sh").write_text(START)
 
 
-def _boot(row: table.Row, part: str, cache: Cache, disk: Path, product: Path) -> dict[str, Any]:
+def _boot(
+    row: table.Row, part: str, cache: Cache, disk: Path, product: Path, *, cpus: int
+) -> dict[str, Any]:
     """Run one machine to its end; its results, or what is known of why there are none."""
     with tempfile.TemporaryDirectory(prefix=f"sams-vm-{row.id}-") as folder:
         share = Path(folder) / "share"
@@ -128,7 +132,6 @@ def _boot(row: table.Row, part: str, cache: Cache, disk: Path, product: Path) ->
         share.chmod(0o755)
         asked = {"cgroup": row.cgroup, "steps": row.parts[part], "scale": SCALE}
         (share / "row.json").write_text(json.dumps(asked))
-        cpus = 2 if any(step.startswith("tests") for step in row.parts[part]) else 1
         command = _uml(row, disk, share) if row.vm.uml else _qemu(row, cache, disk, share, cpus)
         began = time.monotonic()
         console = cache.folder / f"{row.id}-{part}-console.log"
@@ -154,6 +157,7 @@ def _boot(row: table.Row, part: str, cache: Cache, disk: Path, product: Path) ->
         for log in (one for pattern in LOGS for one in share.glob(pattern)):
             shutil.copy(log, cache.folder / f"{row.id}-{part}-{log.name}")
         result["missing"] = [x for x in row.parts[part] if x not in result.get("steps", {})]
+        result["cpus"] = cpus
         result["machine_s"] = round(time.monotonic() - began)
         return result
 

@@ -83,7 +83,7 @@ def result(part: str, **changes: Any) -> dict[str, Any]:
                 "cost_ns": 5_000_000,
             }
         },
-        "bcc-default": {"tests-bcc-default": {**TESTS, "notes": [BOTH]}},
+        "bcc-split": {"tests-bcc-split": {**TESTS, "notes": [BOTH]}},
     }
     steps = {**parts[part], **changes}
     return {"kernel": "6.1.0", "steps": steps, "missing": [], "machine_s": 60}
@@ -112,12 +112,12 @@ def test_v1_and_lockdown_reach_the_command_line() -> None:
 
 def test_a_good_row_has_no_problems_and_shows_its_figures() -> None:
     one = row("debian-12-v2")
-    parts = {part: result(part) for part in ("site", "libbpf-default", "bcc-default")}
+    parts = {part: result(part) for part in ("site", "libbpf-default", "bcc-split")}
     for part, found in parts.items():
         assert report.problems(one, part, found) == []
     page = report.page([one], {one.id: parts})
     for shown in (
-        "| bpf, libbpf | bcc-default: 3 of 3 passed; libbpf-default: 3 of 3 passed |",
+        "| bpf, libbpf | bcc-split: 3 of 3 passed; libbpf-default: 3 of 3 passed |",
         "| ended (signal), 2 batches shipped | as expected |",
         "| libbpf | 0.002 ms (0.100 %) of 2 cases | - | - | - | exact 3, 40 µs |",
         "| 100.000 ms and 100.010 ms | 0.0100 % | 7 and 7 | 0 and 2 |",
@@ -125,7 +125,7 @@ def test_a_good_row_has_no_problems_and_shows_its_figures() -> None:
         "| 4.5 s |",
         "| libbpf | in 27 ms | 5.0 µs | - |",
         "bcc: no headers",
-        "not run: libbpf-exact, libbpf-small, bcc-exact, bcc-small",
+        "not run: libbpf-exact, libbpf-small, bcc-default, bcc-exact, bcc-small",
     ):
         assert shown in page
 

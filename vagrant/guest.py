@@ -173,8 +173,11 @@ def unit(share: Path, row: dict[str, Any]) -> dict[str, Any]:
     wait_for(f"{name} to start", lambda: _state(name) == "active")
     job = _job_cgroup(row["cgroup"])
     job.mkdir(parents=True)
-    enter = f"echo $$ > {job}/cgroup.procs; for i in $(seq 50); do /bin/true; done"
-    call("/bin/sh", "-c", enter)
+    enter = f"echo $$ > {job}/cgroup.procs; read go; for i in $(seq 50); do /bin/true; done"
+    with subprocess.Popen(["/bin/sh", "-c", enter], stdin=subprocess.PIPE) as work:
+        # A job is there for longer than a collector takes to come up, here too.
+        wait_for(f"{name} to take it up", lambda: "taken up" in _journal(), 120)
+        work.communicate(b"go\n", LIMIT_S)
     time.sleep(2)
     job.rmdir()
     call("/bin/sh", hooks / "epilog.sh", **environment)
@@ -182,8 +185,7 @@ def unit(share: Path, row: dict[str, Any]) -> dict[str, Any]:
         wait_for(f"{name} to end", lambda: _state(name) in ("inactive", "failed"))
         wait_for("the spool to be shipped", lambda: not list(SPOOL.glob("*.msgpack")))
     finally:
-        journal = call("journalctl", "-o", "cat", "--no-pager", "-u", "sams-ebpf*", "-n", "60")
-        (share / "journal.log").write_text(journal)
+        (share / "journal.log").write_text(_journal())
     shown = call(RECEIVER, "archive", "cat", ARCHIVE, "--job", "4711")
     batches = [json.loads(line)["batch"] for line in shown.splitlines()]
     final = [one for one in batches if one.get("final")]
@@ -193,6 +195,10 @@ def unit(share: Path, row: dict[str, Any]) -> dict[str, Any]:
         "final": final[-1] if final else None,
         "left_in_kernel": json.loads(call(SAMS, "status", "--json"))["programs"]["slots_used"],
     }
+
+
+def _journal() -> str:
+    return call("journalctl", "-o", "cat", "--no-pager", "-u", "sams-ebpf*", "-n", "60")
 
 
 def _site(share: Path) -> None:

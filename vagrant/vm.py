@@ -197,7 +197,7 @@ def tsc_khz() -> int:
 
 def _uml(row: table.Row, disk: Path, share: Path) -> list[str]:
     return [
-        *("linux.uml", "mem=1G", f"ubd0={share}/cow,{disk}", "root=/dev/ubda", "rw", "quiet"),
+        *("linux.uml", "mem=1G", f"ubd0c={share}/cow,{disk}", "root=/dev/ubda", "rw", "quiet"),
         *("con=null", "con0=null,fd:1", "panic=-1", f"sams.host={share}"),
         *row.command_line.split(),
     ]

@@ -1046,6 +1046,7 @@ static __always_inline struct sams_slot *new_slot(const char *path, u64 hash)
 	struct sams_slot *slot;
 	struct sams_node *all;
 	u32 index, id, i;
+	u64 *when;
 
 	all = the_node();
 	if (!all || all->closed)
@@ -1066,8 +1067,36 @@ static __always_inline struct sams_slot *new_slot(const char *path, u64 hash)
 	bpf_probe_read_kernel_str(slot->path, sizeof(slot->path), path);
 	slot->id = id;
 	slot->state = SAMS_SLOT_USED;
+	index = INDEX(id);
+	when = bpf_map_lookup_elem(MAP(remade), &index);
+	if (when)
+		*when = 0;
 	bpf_map_update_elem(MAP(jobs), &hash, &id, BPF_ANY);
 	return slot;
+}
+
+/*
+ * Whether a cgroup that is made at the path of this slot belongs to a later run of the job: a
+ * requeued run has the same path. Between the steps of one run the cgroup also goes and comes,
+ * but then the run's collector is there and has not ended, or will be in a moment.
+ */
+static __always_inline int is_over(struct sams_slot *slot)
+{
+	u32 index = INDEX(slot->id);
+	struct sams_claim *claim = bpf_map_lookup_elem(MAP(claims), &index);
+
+	if (claim && claim->slot_id == slot->id)
+		return claim->flags & SAMS_CLAIM_ENDED;
+	return bpf_ktime_get_boot_ns() - slot->birth_ns > SAMS_SAME_RUN_NS;
+}
+
+static __always_inline void note_remade(struct sams_slot *slot)
+{
+	u32 index = INDEX(slot->id);
+	u64 *when = bpf_map_lookup_elem(MAP(remade), &index);
+
+	if (when)
+		*when = bpf_ktime_get_boot_ns();
 }
 
 /* The cgroup that encloses this one, 0 at the top. */
@@ -1118,9 +1147,12 @@ static __always_inline void new_cgroup(struct cgroup *cgroup, const char *kernel
 	}
 	hash = hash_path(path, length, (u64 *)room->script);
 	known = bpf_map_lookup_elem(MAP(jobs), &hash);
-	if (known) {
-		/* The cgroup of a job that is known already: removed between steps, made again. */
-		slot = slot_of(*known);
+	slot = known ? slot_of(*known) : 0;
+	if (slot && is_over(slot))
+		slot = 0;
+	if (slot) {
+		/* The cgroup of a run that is known already: removed between steps, made again. */
+		note_remade(slot);
 	} else {
 		if (!is_job_name(path, *slash + 1) || (u32)bpf_get_current_uid_gid())
 			return;

@@ -82,6 +82,14 @@ struct {
 	__type(value, struct sams_claim);
 } claims SEC(".maps");
 
+/* By place of the slot: CLOCK_BOOTTIME at which the job's cgroup was last made again. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, SAMS_SLOTS);
+	__type(key, u32);
+	__type(value, u64);
+} remade SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 8192);

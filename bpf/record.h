@@ -164,12 +164,17 @@ struct sams_slot {
 	char path[SAMS_CGROUP_PATH];
 };
 
-/* The collector's side of a slot; the kernel side does not touch it. */
+enum sams_claim_flag {
+	SAMS_CLAIM_BY_HAND = 1, /* the slot of a cgroup that was there before it */
+	SAMS_CLAIM_ENDED = 2,	/* the run is over: its cgroup, made again, is another run's */
+};
+
+/* The collector's side of a slot; the kernel side only reads it. */
 struct sams_claim {
 	__u32 slot_id;
-	__u32 generation;   /* writers so far */
-	__u32 pid;	    /* of the collector */
-	__u32 private;	    /* slot of a cgroup named by hand: nobody else may claim it */
+	__u32 generation; /* writers so far */
+	__u32 pid;	  /* of the collector */
+	__u32 flags;	  /* enum sams_claim_flag */
 	__u64 begin_ns;	    /* wall clock, ns since the Unix epoch */
 	__u64 before_ns;    /* the cgroup's CPU when the slot was made */
 	__u64 past_ns;	    /* last readings of cgroups of the job that are gone */
@@ -202,6 +207,10 @@ struct sams_cost {
 	__s64 clock_offset_ns; /* rq->clock - the CPU clock counter of this CPU */
 	__u64 clock_samples;   /* 0: none yet; with BCC what rq->clock_task is behind rq->clock */
 };
+/* A job's cgroup made again while nobody has claimed its slot yet is taken for the same run's
+ * for so long: Slurm lets a requeued job wait longer, unless told otherwise. */
+#define SAMS_SAME_RUN_NS 5000000000ULL
+
 #define SAMS_COST_SAMPLE  64
 #define SAMS_COST_MOST_NS 50000 /* no event takes longer by itself */
 

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from pathlib import Path
 
-from sams_ebpf import cgroups, config, daemon, envfile, privileges, program, unclaimed, wire, writer
+from sams_ebpf import (
+    cgroups,
+    config,
+    daemon,
+    envfile,
+    leftovers,
+    privileges,
+    program,
+    unclaimed,
+    wire,
+    writer,
+)
 from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.errors import PartialError, UsageError
 from sams_ebpf.opening import Opener
@@ -25,9 +37,12 @@ def command(arguments: argparse.Namespace) -> int:
     """Measure the job until it has ended."""
     site = config.load(arguments.config)
     job = envfile.job_of(arguments.jobid)
-    claims = claims_of(arguments.env_file, job, arguments.node or site.site.node, site.site.cluster)
+    node = arguments.node or site.site.node
+    claims, doubt = claims_of(arguments.env_file, job, node, site.site.cluster)
     program.start_log("sams-ebpf", f"collect job={job} node={claims.node}")
-    collector = Collector(site, claims, arguments.jobid, arguments.cgroup)
+    collector = Collector(
+        site, claims, arguments.jobid, arguments.cgroup, env_file=arguments.env_file, doubt=doubt
+    )
     with daemon.sleeping() as (signals, watch, sleeper):
         # The handlers stand: an Epilog from here on is heard, one of before left its mark.
         if arguments.finish or (arguments.env_file and envfile.ended(arguments.env_file)):
@@ -37,32 +52,50 @@ def command(arguments: argparse.Namespace) -> int:
 
 def claims_of(
     env_file: Path | None, job: int, node: str | None, cluster: str | None
-) -> wire.Claims:
-    """Put together who the job run is; what the site configured goes before what Slurm says."""
+) -> tuple[wire.Claims, str]:
+    """Put together who the job run is; what the site configured goes before what Slurm says.
+
+    Beside it why Slurm's word could not be read, "" if it could.
+    """
     claims = wire.Claims()
+    doubt = ""
     if env_file is not None:
         try:
             claims = envfile.read(env_file)
         except UsageError as error:
-            _log.warning("%s: job %d is measured under its id alone", error, job)
+            doubt = str(error)
     named = writer.with_claims(claims, job_id=job, node=node, cluster=cluster)
     named = writer.with_claims(named, boot_id=writer.boot_id())
-    return named if named.node else writer.with_claims(named, node=config.Site().node_name())
+    if not named.node:
+        named = writer.with_claims(named, node=config.Site().node_name())
+    return named, doubt
 
 
 class Collector:
-    """One job: where it is, what measures it, what is written of it."""
+    """One run of a job: where it is, what measures it, what is written of it.
+
+    env_file: what the Prolog wrote. doubt: why that could not be read.
+    """
 
     def __init__(
-        self, site: config.Config, claims: wire.Claims, instance: str, cgroup: str | None
+        self,
+        site: config.Config,
+        claims: wire.Claims,
+        instance: str,
+        cgroup: str | None,
+        *,
+        env_file: Path | None,
+        doubt: str,
     ) -> None:
+        self._env_file = env_file
+        self._doubt = doubt
         self._site = site
         self._claims = claims
         self._instance = instance
         self._cgroup = cgroup
         names = [name for name in (f"job_{claims.job_id}", claims.sluid) if name]
         named = None if cgroup is None else cgroups.resolve(cgroup)
-        self._opener = Opener(site, names, named)
+        self._opener = Opener(site, names, named, envfile.run_of(env_file))
         if self._opener.choice.reason:
             _log.warning("mode %s: %s", self._opener.choice.mode, self._opener.choice.reason)
 
@@ -94,11 +127,17 @@ class Collector:
 
     def run(self, signals: daemon.Signals, watch: cgroups.Watch, sleeper: daemon.Sleeper) -> int:
         """Measure until the end, and write the final batch."""
-        places = daemon.Places(self.locate, self.above, watch)
+        mark = None if self._env_file is None else self._env_file.with_name(envfile.ENDED)
+        places = daemon.Places(self.locate, self.above, watch, mark)
         meter = self._open(places, signals, sleeper)
         if meter is None:
-            _log.warning("no cgroup of job %s was found: nothing was measured", self._instance)
+            doubt = f" ({self._doubt})" if self._doubt else ""
+            _log.warning(
+                "no cgroup of job %s was found: nothing was measured%s", self._instance, doubt
+            )
             return 0
+        if self._doubt:
+            _log.warning("%s: job %s is measured under its id alone", self._doubt, self._instance)
         if self._opener.in_kernel:
             unclaimed.clear(self._site)
         self._give_up_privileges(meter)
@@ -111,6 +150,11 @@ class Collector:
         )
         program.notify("READY=1")
         _log.info("taken up in mode %s, generation %d", meter.mode, meter.generation)
+
+        def end_run() -> None:
+            if isinstance(meter, BpfMeter):
+                meter.end_run(self._ended_ns())
+
         closing = daemon.measure(
             meter,
             out,
@@ -120,10 +164,14 @@ class Collector:
             interval_s=self._site.collector.interval_s,
             grace_period_s=self._site.collector.grace_period_s,
             in_kernel=self._opener.in_kernel,
+            on_mark=end_run,
         )
+        end_run()
         if not out.write(closing):
             # What was counted stays where it is, for whoever comes next.
-            raise PartialError(f"job {self._instance}: ended, and its last batch was not written")
+            raise PartialError(
+                f"{out.problem}; job {self._instance} has ended, its counts are kept for later"
+            )
         meter.close()
         self._write_sams_json(out.last)
         _log.info("ended: %s, %d processes alive", closing.reason, closing.live)
@@ -133,25 +181,55 @@ class Collector:
         self, places: daemon.Places, signals: daemon.Signals, sleeper: daemon.Sleeper
     ) -> BpfMeter | ProcMeter | None:
         """Open the job's meter as soon as there is something to measure; None: there never was."""
-
-        def in_kernel() -> BpfMeter | None:
-            return self._opener.slot() if self._opener.in_kernel else None
-
-        meter = in_kernel()
+        meter = self._claim()
         if meter is not None:
-            self._claims = writer.with_claims(self._claims, cgroup=meter.path)
             return meter
         found = daemon.wait_for_job(places, signals, sleeper, self._site.collector.grace_period_s)
         # Made meanwhile, and perhaps gone again: the kernel side knows.
-        meter = in_kernel()
-        if meter is not None:
-            self._claims = writer.with_claims(self._claims, cgroup=meter.path)
+        meter = self._claim()
         if meter is not None or not found:
             return meter
         self._claims = writer.with_claims(self._claims, cgroup=found[0].path.encode())
-        if self._opener.in_kernel:
-            return self._opener.take(found[0])
-        return self._opener.sampled(found, self._instance)
+        if not self._opener.in_kernel:
+            return self._sampled(found)
+        before = self._opener.left_behind()
+        if before is not None:
+            before.end_run(envfile.run_of(self._env_file).began_ns)
+            unclaimed.clear_one(self._site, before)
+        return self._opener.take(found[0])
+
+    def _claim(self) -> BpfMeter | None:
+        """Claim what the kernel side has counted of this run; None if it knows of nothing."""
+        if not self._opener.in_kernel:
+            return None
+        mine = self._opener.slots_of_run()
+        if not mine:
+            return None
+        meter, *older = mine
+        self._claims = writer.with_claims(self._claims, cgroup=meter.path)
+        for one in older:
+            # Its cgroup went before anyone came: an epoch of its own, of the same run.
+            unclaimed.close(self._site, one, self._claims, "cgroup-removed")
+        return meter
+
+    def _sampled(self, found: list[Cgroup]) -> ProcMeter:
+        claims, run = self._claims, envfile.run_of(self._env_file)
+        known = (claims.restart_count, claims.start_ns, claims.sluid, run.began_ns)
+        name = "/".join(map(str, known)) if any(part is not None for part in known) else ""
+        meter = self._opener.sampled(found, self._instance, name)
+        if meter.superseded is not None:
+            _log.warning("an earlier run's collector was lost; its job run is closed")
+            leftovers.close_lost(
+                self._site.collector.state, self._site.spool.folder, meter.superseded
+            )
+        return meter
+
+    def _ended_ns(self) -> int | None:
+        """Tell when the run ended, if the Epilog said that it did: at the latest now."""
+        if self._env_file is None or not envfile.ended(self._env_file):
+            return None
+        ended_ns = envfile.run_of(self._env_file).ended_ns
+        return ended_ns or time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
     def _write_sams_json(self, last: wire.Batch | None) -> None:
         """Also write upstream's file, where the site still collects those."""

@@ -13,6 +13,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final, Self
 
 from sams_ebpf import wire
@@ -20,6 +21,12 @@ from sams_ebpf.cgroups import Cgroup, Watch
 from sams_ebpf.meter import Meter
 from sams_ebpf.writer import Writer
 
+# How long the signal to end may come after the mark that says so.
+MARK_S: Final = 10.0
+# How long a run that has ended, by mark and signal, may take to be rid of its processes.
+LINGER_S: Final = 2.0
+# Nothing tells on cgroup v1 that the last process has left.
+_GLANCE_S: Final = 0.05
 SIGNALS: Final = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 _log = logging.getLogger(__name__)
@@ -67,15 +74,28 @@ class Signals:
 class Places:
     """Where the job's cgroups are now, and what tells of a change.
 
-    locate: gives those that are there. above: folders in which one can appear.
+    locate: gives those that are there. above: folders in which one can appear. mark: a
+    file that is made when the run has ended, if there is such a one.
     """
 
     def __init__(
-        self, locate: Callable[[], list[Cgroup]], above: Callable[[], list[str]], watch: Watch
+        self,
+        locate: Callable[[], list[Cgroup]],
+        above: Callable[[], list[str]],
+        watch: Watch,
+        mark: Path | None = None,
     ) -> None:
         self._locate = locate
         self._above = above
         self._watch = watch
+        self._mark = mark
+
+    def ended(self) -> bool:
+        """Tell whether the run's mark is there; wakes when it is made."""
+        if self._mark is None:
+            return False
+        self._watch.add(str(self._mark.parent))
+        return self._mark.exists()
 
     def look(self, *, around: bool = True) -> list[Cgroup]:
         """Watch, then look: what happens in between is seen by one of the two.
@@ -129,7 +149,7 @@ def wait_for_job(
     deadline = time.monotonic() + grace_period_s
     while True:
         found = places.look()
-        if found or signals.came or time.monotonic() >= deadline:
+        if found or signals.came or places.ended() or time.monotonic() >= deadline:
             return found
         sleeper.until(deadline)
 
@@ -144,24 +164,37 @@ def measure(
     interval_s: float,
     grace_period_s: float,
     in_kernel: bool,
+    on_mark: Callable[[], None] = lambda: None,
 ) -> wire.Closing:
     """Harvest at the interval until the job has ended; gives why, for the final batch.
 
     in_kernel: the kernel side counts in whatever cgroup the job gets, so that what comes
-    and goes between two harvests needs no waking.
+    and goes between two harvests needs no waking. on_mark: called when the run's mark
+    tells that it is over, before the signal that should follow.
     """
     if in_kernel:
         places.leave()
     # A moment of its own: collectors that started together do not harvest together.
     harvest_at = time.monotonic() + interval_s * (0.5 + int.from_bytes(os.urandom(2)) / 131072)
     empty_since: float | None = None
+    mark_at: float | None = None
+    told_at: float | None = None
     while True:
         found = places.look(around=not in_kernel)
         meter.look(found)
         live = meter.live()
         now = time.monotonic()
-        if signals.came is not None:
-            return wire.Closing(reason="signal", live=live)
+        if mark_at is None and places.ended():
+            mark_at = now
+            on_mark()
+        if told_at is None and signals.came is not None:
+            told_at = now
+        last_at = _last_moment(told_at, mark_at)
+        if last_at is not None:
+            if not live or now >= last_at:
+                return wire.Closing(reason="signal", live=live)
+            sleeper.until(min(last_at, now + _GLANCE_S))
+            continue
         if live:
             empty_since = None
         elif empty_since is None:
@@ -173,3 +206,16 @@ def measure(
             harvest_at += interval_s * (1 + (now - harvest_at) // interval_s)
         end_of_grace = harvest_at if empty_since is None else empty_since + grace_period_s
         sleeper.until(min(harvest_at, end_of_grace))
+
+
+def _last_moment(told_at: float | None, mark_at: float | None) -> float | None:
+    """Tell until when to wait for the job's last processes; None: its end has not come.
+
+    Slurm's own, a slurmstepd, may outlive the job's Epilog by a moment, and its CPU is the
+    job's. Whoever sends a signal without the Epilog's mark wants the end at once.
+    """
+    if mark_at is None:
+        return told_at
+    if told_at is None:
+        return mark_at + MARK_S
+    return min(told_at + LINGER_S, mark_at + MARK_S)

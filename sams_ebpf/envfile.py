@@ -8,20 +8,24 @@ warning, since a wrong account or user name is worse than none. What is empty is
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sams_ebpf import wire
 from sams_ebpf.errors import UsageError
 
 MAX_BYTES: Final = 64 << 10
+ENDED: Final = "ended"
+UPTIME: Final = b"SAMS_EBPF_UPTIME"
 
 _log = logging.getLogger(__name__)
 
+_UPTIME = re.compile(rb"([0-9]{1,10})\.([0-9]{2})")
 _JOB = re.compile(r"(?P<job>[0-9]{1,10})(?:\.[0-9]{1,3})?")
 _SLUID = re.compile(r"s[0-9A-HJKMNP-TV-Z]{13}")
 _CPUS = re.compile(r"([0-9]{1,6})(?:\(x[0-9]{1,7}\))?")
@@ -38,9 +42,50 @@ def job_of(instance: str) -> int:
     return int(match["job"])
 
 
+class Run(NamedTuple):
+    """When a run of a job began and ended on this node, as far as it is known.
+
+    CLOCK_BOOTTIME in ns. Runs of one job have cgroups of one path: this tells whose one is.
+    """
+
+    began_ns: int | None = None
+    ended_ns: int | None = None
+
+    def has(self, birth_ns: int) -> bool:
+        """Tell whether a cgroup made then can be of this run."""
+        began_ns, ended_ns = self.began_ns, self.ended_ns
+        return (began_ns is None or birth_ns >= began_ns) and (
+            ended_ns is None or birth_ns <= ended_ns
+        )
+
+
+UNKNOWN: Final = Run()
+
+
 def ended(path: Path) -> bool:
     """Tell whether the Epilog has been there: a file `ended` beside the environment file."""
-    return path.with_name("ended").exists()
+    return path.with_name(ENDED).exists()
+
+
+def run_of(path: Path | None) -> Run:
+    """Read when the run began and ended; what cannot be read is not known."""
+    if path is None:
+        return UNKNOWN
+    began = ended_ns = None
+    with contextlib.suppress(OSError):
+        for line in path.read_bytes()[:MAX_BYTES].split(b"\0"):
+            name, _, value = line.partition(b"=")
+            if name == UPTIME:
+                began = _uptime(value)
+    with contextlib.suppress(OSError):
+        ended_ns = _uptime(path.with_name(ENDED).read_bytes()[:64].strip())
+    # /proc/uptime is rounded down: to the begin of that hundredth, and to the end of this.
+    return Run(began, None if ended_ns is None else ended_ns + 10_000_000)
+
+
+def _uptime(text: bytes) -> int | None:
+    match = _UPTIME.fullmatch(text)
+    return None if match is None else (int(match[1]) * 100 + int(match[2])) * 10_000_000
 
 
 def read(path: Path) -> wire.Claims:

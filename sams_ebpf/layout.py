@@ -9,6 +9,13 @@ from __future__ import annotations
 import struct
 from typing import Final, NamedTuple
 
+# Of all that stands in the maps. It is part of a pinned set's name, and sets of another one
+# are left to the collectors that can read them. What a slot and the node's row begin with
+# (Slot.id and .state; Node.tripped, .closed and .stay) is the same in every version.
+VERSION: Final = 1
+SLOT_BEGIN: Final = struct.Struct("<2I")
+NODE_BEGIN: Final = struct.Struct("<3I")
+
 PATH_MAX: Final = 1024
 SCRIPT_MAX: Final = 256
 CGROUP_PATH: Final = 256
@@ -16,6 +23,9 @@ PARENTS: Final = 8
 SLOTS: Final = 512
 OVERFLOW: Final = 0xFFFFFFFF
 SLOT_USED: Final = 1
+# enum sams_claim_flag
+CLAIM_BY_HAND: Final = 1
+CLAIM_ENDED: Final = 2
 
 CONTROLLERS: Final = {
     "v2": 0,
@@ -114,7 +124,7 @@ class Claim(NamedTuple):
     slot_id: int = 0
     generation: int = 0
     pid: int = 0
-    private: int = 0
+    flags: int = 0
     begin_ns: int = 0
     before_ns: int = 0
     past_ns: int = 0

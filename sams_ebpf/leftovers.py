@@ -24,6 +24,9 @@ SUFFIX: Final = ".msgpack"
 # Lost by cause, in ns: wall-clock time between the last batch and this boot.
 WINDOW: Final = "reboot_window_ns"
 REASON: Final = "reboot"
+# The same where a collector was lost, and the next run of its job found what it had kept.
+LOST_WINDOW: Final = "collector_lost_window_ns"
+LOST: Final = "collector-lost"
 
 _log = logging.getLogger(__name__)
 
@@ -81,8 +84,20 @@ def close_last_boot(state: Path, spool_folder: Path, boot_id: str) -> int:
     return closed
 
 
-def last_word(last: wire.Header, now_ns: int) -> wire.Batch:
-    """Give the batch that closes an epoch after a reboot.
+def close_lost(state: Path, spool_folder: Path, epoch: bytes) -> bool:
+    """Spool a final batch for an epoch whose collector will not come back. Raises OSError."""
+    for path, last in open_batches(state):
+        if last.epoch == epoch:
+            spool.put(spool_folder, last_word(last, time.time_ns(), LOST, LOST_WINDOW))
+            path.unlink(missing_ok=True)
+            return True
+    return False
+
+
+def last_word(
+    last: wire.Header, now_ns: int, reason: str = REASON, window_name: str = WINDOW
+) -> wire.Batch:
+    """Give the batch that closes an epoch after a reboot, or after its collector was lost.
 
     It repeats the ledger and the sums of the last batch and holds no records: they are in
     the batches before. A generation of its own lets it supersede them all.
@@ -92,14 +107,14 @@ def last_word(last: wire.Header, now_ns: int) -> wire.Batch:
         cgroup_cpu_ns=None, attributed_cpu_ns=0, unattributed_cpu_ns=None
     )
     window = max(0, now_ns - last.end_ns) if last.end_ns is not None else 0
-    lost = {**ledger.lost, WINDOW: min(window, wire.INT64_MAX)}
+    lost = {**ledger.lost, window_name: min(window, wire.INT64_MAX)}
     known |= {
         "kind": "counters",
         "generation": last.generation + 1,
         "writer": os.urandom(8),
         "sequence": 0,
         "full": False,
-        "final": wire.Closing(reason=REASON, live=0),
+        "final": wire.Closing(reason=reason, live=0),
         "ledger": msgspec.structs.replace(ledger, lost=lost),
         "dropped": None,
     }

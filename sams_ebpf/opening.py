@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from sams_ebpf import bpf, cgroups, config, host, layout, meters, pins, probe, slots
+from sams_ebpf import bpf, cgroups, config, envfile, host, layout, meters, pins, probe, slots
 from sams_ebpf.cgroups import Cgroup, Hierarchy
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Attempt, Choice
@@ -32,12 +32,18 @@ class Opener:
     """Finds out once what this host can do, then opens meters for one job.
 
     names: last parts of the path that the job's cgroup can have. cgroup: the one that was
-    named instead. Raises NotPossibleError where the mode asked for cannot be had.
+    named instead. run: which of the job's runs is meant. Raises NotPossibleError where the
+    mode asked for cannot be had.
     """
 
     def __init__(
-        self, site: config.Config, names: Sequence[str], cgroup: Cgroup | None = None
+        self,
+        site: config.Config,
+        names: Sequence[str],
+        cgroup: Cgroup | None = None,
+        run: envfile.Run = envfile.UNKNOWN,
     ) -> None:
+        self._run = run
         self._names = [name.encode() for name in names]
         self._site = site
         self.hierarchies = cgroups.mounted()
@@ -56,37 +62,69 @@ class Opener:
         return self.choice.mode == "bpf"
 
     def _load(self, loader: host.Loader) -> Attempt:
+        # A compiler does not fit into the limits of a collector's unit. It runs once per
+        # boot, in that of `sams-ebpf load`.
+        make = loader != "bcc" or "INVOCATION_ID" not in os.environ
         try:
             with pins.lock():
-                pins.load(self._options, loader, stay=False).close()
+                pins.load(self._options, loader, stay=False, make=make).close()
         except (bpf.BpfError, NotPossibleError) as error:
             return Attempt(loader, False, str(error))
         self._loader = loader
         return Attempt(loader, True, "loaded, or found pinned")
 
-    def sampled(self, found: Sequence[Cgroup], instance: str) -> ProcMeter:
-        """Open a meter that samples; baselines are kept in the state folder."""
+    def sampled(self, found: Sequence[Cgroup], instance: str, run: str) -> ProcMeter:
+        """Open a meter that samples; baselines are kept in the state folder.
+
+        run: what tells this run from others of the same instance, "" if nothing does.
+        """
         settings = self._site.collector
         file = settings.state / f"proc-{instance}.json"
-        return ProcMeter(
-            found, file, quota=settings.executables_per_job, hierarchies=self.hierarchies
-        )
+        quota = settings.executables_per_job
+        return ProcMeter(found, file, run=run, quota=quota, hierarchies=self.hierarchies)
 
-    def slot(self) -> BpfMeter | None:
-        """Claim the slot the kernel side has made for the job; None if there is none (yet).
+    def slots_of_run(self) -> list[BpfMeter]:
+        """Claim the slots the kernel side has made for the run, newest first; [] if none (yet).
 
-        One that a living collector of an earlier run still holds is waited for: that one
-        has been told to end.
+        Older ones are of cgroups that were gone before anyone could claim them. A slot that
+        another living collector still holds is waited for: that one has been told to end.
         """
         deadline = time.monotonic() + HANDOVER_S
         while True:
             with pins.lock():
-                for used, slot in self._slots():
-                    if holder(used, slot) is None or time.monotonic() >= deadline:
-                        return self._meter(used, slot)
-                    break
-                else:
+                mine = [one for one in self._slots() if self._run.has(one[1].birth_ns)]
+                if self._run.began_ns is None:
+                    del mine[1:]  # nothing says that they are not an earlier run's
+                if not mine:
+                    return []
+                if holder(*mine[0]) is None or time.monotonic() >= deadline:
+                    return [self._meter(*one) for one in mine]
+            for used, _ in mine:
+                used.close()
+            time.sleep(0.05)
+
+    def left_behind(self) -> BpfMeter | None:
+        """Wait for an earlier run's collector to end; gives its slot if it has none (any more).
+
+        Until then what this run does may be counted there: both have cgroups of one path.
+        """
+        deadline = time.monotonic() + HANDOVER_S
+        while True:
+            with pins.lock():
+                before = [
+                    one
+                    for one in self._slots()
+                    if self._run.began_ns is not None and one[1].birth_ns < self._run.began_ns
+                ]
+                if not before:
                     return None
+                if holder(*before[0]) is None:
+                    return self._meter(*before[0])
+            for used, _ in before:
+                used.close()
+            if time.monotonic() >= deadline:
+                _log.warning("an earlier run's collector does not end: what it holds is its")
+                return None
             time.sleep(0.05)
 
     def take(self, cgroup: Cgroup) -> BpfMeter:
@@ -100,8 +138,12 @@ class Opener:
         where = cgroup or place(os.fsdecode(slot.path), self._tree)
         return BpfMeter(used, slot, where, let_go=pins.let_go)
 
-    def _slots(self) -> Iterator[tuple[ProgramSet, layout.Slot]]:
-        """Slots of this job in every pinned set: after an upgrade it may be in an older one."""
+    def _slots(self) -> list[tuple[ProgramSet, layout.Slot]]:
+        """Find the job's slots in every pinned set, newest first.
+
+        After an upgrade it may be in an older one.
+        """
+        ours = []
         for folder in pins.folders():
             try:
                 used = pins.open_set(folder)
@@ -109,9 +151,10 @@ class Opener:
                 _log.warning("%s; passed over", error)
                 continue
             found = [slot for slot in slots.used(used) if self._is_ours(folder, slot)]
-            yield from ((used, slot) for slot in found)
+            ours += [(used, slot) for slot in found]
             if not found:
                 used.close()
+        return sorted(ours, key=lambda one: one[1].birth_ns, reverse=True)
 
     def _is_ours(self, folder: Path, slot: layout.Slot) -> bool:
         if self._cgroup is not None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
+import math
 import os
 import re
 import stat
@@ -20,13 +20,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from sams_ebpf import __version__, config, durable, pressure, spool, wire
+from sams_ebpf import __version__, config, durable, pressure, rejected, spool, wire
 from sams_ebpf.errors import SamsError, UsageError
 from sams_ebpf.progress import Progress
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 4096
+_BLOCK = rejected.BLOCK
+# Why a tombstone: `size` and `age` are those of `pressure`; this one is for what was set
+# aside and found no room there.
+REJECTED = "rejected"
 _RESERVE_BYTES = 64 << 10
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 _TEMPORARY_AGE_S = 600
@@ -45,10 +48,15 @@ class CorruptError(Exception):
 class _Waiting(NamedTuple):
     entry: spool.Entry
     bytes: int
-    # Age when it was first seen, and the moment of that on a clock that nobody sets:
-    # a node whose wall clock is put right at boot does not lose what it measured before.
+    # Age when it was first seen, the moment of that on a clock that nobody sets, and when it
+    # was written.
     age_s: float
     seen_s: float
+    mtime_s: float
+
+    def age_now_s(self, wall_s: float, now_s: float) -> float:
+        """Age by the kinder clock: the wall's may have jumped since, or been wrong then."""
+        return min(self.age_s + now_s - self.seen_s, max(0.0, wall_s - self.mtime_s))
 
 
 class _Reader(NamedTuple):
@@ -81,7 +89,7 @@ class Outbox:
         self._writer = os.urandom(8)
         self._sequence = 0
         self._own = settings.folder / "shipper"
-        self._rejected_folder = settings.folder / "rejected"
+        self._rejected_folder = settings.folder / rejected.FOLDER
         try:
             for folder in (self._own, self._rejected_folder):
                 folder.mkdir(mode=0o750, exist_ok=True)
@@ -93,6 +101,13 @@ class Outbox:
                 f"spool.folder: {error.filename}: {error.strerror}: "
                 "the folder has to exist and be writable by the shipper"
             ) from error
+        if not os.access(settings.folder, os.W_OK | os.X_OK):
+            # Sent without end: what was acknowledged could not be deleted.
+            os.close(self._lock_fd)
+            raise UsageError(
+                f"spool.folder: {settings.folder}: user {os.geteuid()} cannot write to it:"
+                " it has to belong to the shipper's group, mode 2770"
+            )
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -204,7 +219,8 @@ class Outbox:
         except OSError as error:
             self._say(f"{target}: cannot be set aside, kept in the spool: {error.strerror}")
             return False
-        self._explain(target, reader, reason)
+        rejected.put_reason(target, reader, reason)
+        self.rejected += 1
         log.warning("receiver %s refused %s, set aside: %s", reader, name, reason)
         self.settle(reader, name)
         self._trim_rejected()
@@ -216,8 +232,11 @@ class Outbox:
             for name in list(self._waiting):
                 self._delete_if_done(name)
 
-    def keep_bounds(self) -> None:
-        """Give up what does not fit, as `pressure.plan` says; leave a tombstone for losses."""
+    def keep_bounds(self, *, by_age: bool = True) -> None:
+        """Give up what does not fit, as `pressure.plan` says; leave a tombstone for losses.
+
+        by_age: whether the clock can be believed, for the bound on age.
+        """
         with self.lock:
             now = _clock()
             shortage = self._shortage()
@@ -225,14 +244,15 @@ class Outbox:
             if within and now - self._looked_s < _AGE_CHECK_S:
                 return
             self._looked_s = now
+            wall = time.time()
             items = [
-                pressure.Item(item.entry, item.bytes, item.age_s + now - item.seen_s)
+                pressure.Item(item.entry, item.bytes, item.age_now_s(wall, now))
                 for item in self._waiting.values()
             ]
             plan = pressure.plan(
                 items,
                 max_bytes=self._settings.max_bytes,
-                max_age_s=self._settings.max_age_s,
+                max_age_s=self._settings.max_age_s if by_age else math.inf,
                 shortage=shortage,
                 holds_all=self._holds_all,
             )
@@ -253,8 +273,8 @@ class Outbox:
             for tombstone in [n for n, w in self._waiting.items() if w.entry.kind == "tombstone"]:
                 data = self.read(tombstone)
                 dropped = wire.decode_header(data).dropped if data is not None else None
-                if data is None or dropped is None:
-                    continue
+                if data is None or dropped is None or dropped.reason == REJECTED:
+                    continue  # of a batch set aside, another receiver may still get the original
                 epoch = self._waiting[tombstone].entry.identity.epoch
                 for name, waiting in list(self._waiting.items()):
                     one = waiting.entry.identity
@@ -298,7 +318,8 @@ class Outbox:
             return False
         size = -(-status.st_size // _BLOCK) * _BLOCK
         self._bytes += size
-        self._waiting[name] = _Waiting(entry, size, max(0.0, moment - status.st_mtime), now)
+        age_s = max(0.0, moment - status.st_mtime)
+        self._waiting[name] = _Waiting(entry, size, age_s, now, status.st_mtime)
         return True
 
     def _load_progress(self) -> None:
@@ -381,39 +402,36 @@ class Outbox:
                 self._unreadable.add(name)
             self._say(f"{self.folder / name}: cannot be set aside: {error.strerror}")
             return
-        self._explain(target, None, reason)
+        rejected.put_reason(target, None, reason)
+        self.rejected += 1
         log.warning("%s: set aside: %s", name, reason)
         with self.lock:
             self._gone(name)
         self._trim_rejected()
 
-    def _explain(self, target: Path, reader: str | None, reason: str) -> None:
-        self.rejected += 1
-        note = {
-            "receiver": reader,
-            "reason": reason,
-            "time": time.strftime("%FT%TZ", time.gmtime()),
-        }
-        with contextlib.suppress(OSError):  # the batch itself is what counts
-            durable.write(target.with_suffix(".reason"), json.dumps(note).encode() + b"\n")
-
     def _trim_rejected(self) -> None:
-        with self.lock, contextlib.suppress(FileNotFoundError):
-            found = []
-            for file in self._rejected_folder.iterdir():
-                status = file.stat(follow_symlinks=False)
-                size = -(-status.st_size // _BLOCK) * _BLOCK
-                found.append((status.st_mtime_ns, file, size))
-            excess = sum(size for _, _, size in found) - self._settings.rejected_max_bytes
-            gone = 0
-            for _, file, size in sorted(found):
-                if excess <= 0:
+        """Keep the bound of `rejected/`; what goes is told by tombstones first."""
+        with self.lock:
+            try:
+                gone = rejected.over(self._rejected_folder, self._settings.rejected_max_bytes)
+                for run in rejected.runs(gone):
+                    self._tell_rejected(run)
+                if gone:
+                    rejected.remove(gone, self._own / rejected.TALLY)
+            except OSError as error:
+                self._say(f"{self._rejected_folder}: cannot be trimmed: {error.strerror}")
+
+    def _tell_rejected(self, run: list[rejected.Kept]) -> None:
+        entries = [one.entry for one in run if one.entry is not None]
+        size = sum(one.bytes for one in run)
+        claims = None
+        for one in (run[-1], run[0]):
+            with contextlib.suppress(OSError, wire.WireError):
+                if one.batch is not None and one.bytes <= wire.MAX_BYTES:
+                    claims = wire.decode_header(one.batch.read_bytes()).claims
                     break
-                file.unlink(missing_ok=True)
-                excess -= size
-                gone += 1
-            if gone:
-                log.warning("%s: over its quota: %d oldest files deleted", file.parent, gone)
+        tombstone = self._put(self._tombstone(entries, size, REJECTED, claims or self._mine()))
+        self.arrived([tombstone.name])
 
     def _shortage(self) -> int:
         disk = os.statvfs(self.folder)
@@ -421,30 +439,10 @@ class Outbox:
         return max(0, wanted - disk.f_bavail * disk.f_frsize)
 
     def _lose(self, loss: pressure.Loss) -> None:
-        identities = [item.entry.identity for item in loss.items]
-        first, last = identities[0], identities[-1]
-        batch = wire.Batch(
-            v=wire.VERSION,
-            kind="tombstone",
-            epoch=first.epoch,
-            generation=first.generation,
-            writer=self._writer,
-            sequence=self._sequence,
-            claims=self._claims(loss.items),
-            software=f"sams-ebpf {__version__}",
-            end_ns=time.time_ns(),
-            dropped=wire.Dropped(
-                generation=first.generation,
-                writer=first.writer,
-                first_sequence=first.sequence,
-                last_sequence=last.sequence,
-                batches=len(loss.items),
-                bytes=sum(item.bytes for item in loss.items),
-                reason=loss.reason,
-            ),
-        )
-        # A number is used up even when the writing fails: it may have reached the disk.
-        self._sequence += 1
+        first = loss.items[0].entry.identity
+        size = sum(item.bytes for item in loss.items)
+        entries = [item.entry for item in loss.items]
+        batch = self._tombstone(entries, size, loss.reason, self._claims(loss.items))
         try:
             tombstone = self._put(batch)
         except OSError as error:
@@ -462,6 +460,35 @@ class Outbox:
             self._delete(item.entry.name)
         self._keep_reserve()
         self.arrived([tombstone.name])
+
+    def _tombstone(
+        self, entries: list[spool.Entry], size: int, reason: str, claims: wire.Claims
+    ) -> wire.Batch:
+        """Make a tombstone for batches of one writer, in order; size in bytes of disk."""
+        first, last = entries[0].identity, entries[-1].identity
+        # A number is used up even when the writing fails: it may have reached the disk.
+        sequence = self._sequence
+        self._sequence += 1
+        return wire.Batch(
+            v=wire.VERSION,
+            kind="tombstone",
+            epoch=first.epoch,
+            generation=first.generation,
+            writer=self._writer,
+            sequence=sequence,
+            claims=claims,
+            software=f"sams-ebpf {__version__}",
+            end_ns=time.time_ns(),
+            dropped=wire.Dropped(
+                generation=first.generation,
+                writer=first.writer,
+                first_sequence=first.sequence,
+                last_sequence=last.sequence,
+                batches=len(entries),
+                bytes=size,
+                reason=reason,
+            ),
+        )
 
     def _put(self, tombstone: wire.Batch) -> Path:
         try:
@@ -489,6 +516,9 @@ class Outbox:
         for item in (items[-1], items[0]):
             with contextlib.suppress(OSError, CorruptError):
                 return wire.decode_header(self._load(item.entry.name)).claims
+        return self._mine()
+
+    def _mine(self) -> wire.Claims:
         return wire.Claims(cluster=self._site.cluster, node=self._site.node_name())
 
     def _say(self, text: str) -> None:

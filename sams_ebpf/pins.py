@@ -1,11 +1,12 @@
 """Sets of programs that outlive the process that loaded them: pinned in bpffs.
 
-    /sys/fs/bpf/sams-ebpf/<abi>/map_<name>, link_<program>, iter_<program>
+    /sys/fs/bpf/sams-ebpf/v<layout>_<loader>_<abi>-<tree>/map_<name>, link_<program>, iter_<program>
 
 One lock per node, held for the moment in which sets come and go or a slot is claimed. A
 set is pinned under a name of its own first and then renamed, so that one with its right
 name is whole. A set of another ABI may have jobs of its own: it takes no new ones once a
-newer set is there, and goes when the last of them has ended.
+newer set is there, and goes when the last of them has ended. Of a set whose maps are laid
+out as in another version of the product, no more is done than that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
 
-from sams_ebpf import bpf, programs, slots
+from sams_ebpf import bpf, layout, programs, slots
 from sams_ebpf.cgroups import Hierarchy
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.programs import Options, ProgramSet
@@ -53,10 +54,17 @@ def folders(root: Path = ROOT) -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_ctime_ns)
 
 
+def is_readable(folder: Path) -> bool:
+    """Tell whether the maps of a pinned set are laid out as in this version."""
+    return folder.name.startswith(f"v{layout.VERSION}_")
+
+
 def open_set(folder: Path) -> ProgramSet:
-    """Open a pinned set. Raises BpfError if it is not whole."""
+    """Open a pinned set. Raises BpfError if it is not whole, or of another version."""
+    if not is_readable(folder):
+        raise bpf.BpfError(f"{folder}: of another version, whose collectors finish its jobs")
     maps = {name: bpf.open_map(folder / f"map_{name}") for name in programs.MAPS}
-    bcc = folder.name.startswith("bcc_")
+    bcc = folder.name.startswith(f"v{layout.VERSION}_bcc_")
     runs = programs.BY_HAND if bcc else tuple(programs.ITERATORS)
     iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in runs}
     return ProgramSet(maps, iterators, {}, loader="bcc" if bcc else "libbpf")
@@ -109,14 +117,24 @@ def is_of(folder: Path, hierarchy: Hierarchy) -> bool:
 
 
 def load(
-    options: Options, loader: Literal["libbpf", "bcc"], *, stay: bool, root: Path = ROOT
+    options: Options,
+    loader: Literal["libbpf", "bcc"],
+    *,
+    stay: bool,
+    make: bool = True,
+    root: Path = ROOT,
 ) -> ProgramSet:
     """Give the pinned set for these options, loaded if need be; under the lock.
 
     stay: until `unload`, not only while there are jobs. A set of another ABI takes no
-    new jobs from now on.
+    new jobs from now on. make: False: only what is there. Raises BpfError.
     """
     found = find(options, root, loader) or (None if stay else _standing(options.hierarchy, root))
+    if found is None and not make:
+        raise bpf.BpfError(
+            f"{loader}: no programs are loaded, and this unit has no memory to compile them in:"
+            " start sams-ebpf-load.service"
+        )
     if found is None:
         name = programs.abi(options, loader)
         _load_aside(options, loader, name, root)
@@ -156,7 +174,7 @@ def _load_aside(options: Options, loader: Literal["libbpf", "bcc"], name: str, r
 def _standing(hierarchy: Hierarchy, root: Path) -> ProgramSet | None:
     """Open the set that was loaded to stay and accounts this tree, whatever its options."""
     for folder in reversed(folders(root)):
-        if is_of(folder, hierarchy):
+        if is_of(folder, hierarchy) and is_readable(folder):
             one = open_set(folder)
             node = one.node()
             if node.stay and not node.closed:
@@ -169,10 +187,35 @@ def close_others(name: str, root: Path = ROOT) -> None:
     """Let the sets of other names take no new jobs, and remove those without any."""
     for folder in folders(root):
         if folder.name != name:
-            other = open_set(folder)
-            other.set_node(closed=1, stay=0)
-            other.close()
+            _close(folder)
     collect_garbage(root)
+
+
+def _close(folder: Path) -> None:
+    """Let a set, of any version, take no new jobs."""
+    node = bpf.open_map(folder / "map_node")
+    key = layout.U32.pack(0)
+    flags = node.lookup(key)
+    if flags is not None:
+        begin = layout.NODE_BEGIN
+        tripped, _, _ = begin.unpack_from(flags)
+        node.update(key, begin.pack(tripped, 1, 0) + flags[begin.size :])
+    node.close()
+
+
+def _is_idle(folder: Path) -> bool:
+    """Tell whether a set, of any version, is not to stay and has no job."""
+    node = bpf.open_map(folder / "map_node")
+    flags = node.lookup(layout.U32.pack(0)) or bytes(layout.NODE_BEGIN.size)
+    node.close()
+    if layout.NODE_BEGIN.unpack_from(flags)[2]:
+        return False
+    table = bpf.open_map(folder / "map_slots")
+    rows = (table.lookup(key) for key in table.all_keys())
+    begin = layout.SLOT_BEGIN
+    jobs = any(row and begin.unpack_from(row)[1] == layout.SLOT_USED for row in rows)
+    table.close()
+    return not jobs
 
 
 def remove(folder: Path) -> None:
@@ -197,13 +240,11 @@ def collect_garbage(root: Path = ROOT) -> list[Path]:
     gone = list(root.glob(f"*{_UNFINISHED}")) if root.is_dir() else []
     for folder in folders(root):
         try:
-            one = open_set(folder)
+            idle = _is_idle(folder)
         except bpf.BpfError:
-            gone.append(folder)  # not whole, or of a version that cannot be read any more
-            continue
-        if not one.node().stay and not any(slots.used(one)):
+            idle = True  # not whole: not even these two maps are there
+        if idle:
             gone.append(folder)
-        one.close()
     for folder in gone:
         remove(folder)
     return gone

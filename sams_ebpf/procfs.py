@@ -72,6 +72,7 @@ class State(msgspec.Struct):
     generation: int
     begin_ns: int
     account: Account
+    run: str = ""
 
 
 class ProcMeter:
@@ -79,7 +80,8 @@ class ProcMeter:
 
     where: the job's cgroups, one per place (the same job's folders in other v1 trees are
     not other places). state: a file that outlives this process but need not outlive the
-    boot; None for a job that ends with this process. quota: executables that get a row of
+    boot; None for a job that ends with this process. run: the state of another run is not
+    continued, `superseded` is its epoch; "": not known. quota: executables that get a row of
     their own. listen: have the kernel tell of deaths between samples where it does (see
     `taskstats`); `not_listening` says why it does not. Raises UsageError if the state
     cannot be kept.
@@ -93,6 +95,7 @@ class ProcMeter:
         where: Sequence[Cgroup],
         state: Path | None = None,
         *,
+        run: str = "",
         quota: int = QUOTA,
         listen: bool = True,
         hierarchies: Iterable[Hierarchy] | None = None,
@@ -113,6 +116,11 @@ class ProcMeter:
                 self.not_listening = str(error)
         self._files: dict[tuple[int, int], bytes] = {}
         self._state, self._take_up_now = _load(state)
+        self.superseded: bytes | None = None
+        if run and self._state.run and run != self._state.run:
+            self.superseded = self._state.epoch
+            self._state, self._take_up_now = _load(None)
+        self._state.run = run or self._state.run
         self._forget_the_dead()
         self._state.generation += 1
         self._sampler = Sampler(self._state.account, quota)

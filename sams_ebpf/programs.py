@@ -47,7 +47,7 @@ BY_HAND: Final = ("harvest", "find", "adopt")
 ITERATORS: Final = {"harvest": "tasks", "adopt": None}
 MAPS: Final = (
     *("tasks", "processes", "totals", "names", "chains", "cgroups", "slots", "free_slots"),
-    *("jobs", "claims", "splits", "node", "costs"),
+    *("jobs", "claims", "remade", "splits", "node", "costs"),
 )
 _ZERO: Final = layout.U32.pack(0)
 _log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def abi(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> str:
     text = msgspec.json.encode(options)
     # Told apart, not protected: the folder is root's. OpenSSL would cost every collector 4 MB.
     digest = f"{zlib.crc32(object_bytes()):08x}{zlib.crc32(text):08x}"
-    return f"{'bcc_' if loader == 'bcc' else ''}{digest}-{tree_name(options.hierarchy)}"
+    return f"v{layout.VERSION}_{loader}_{digest}-{tree_name(options.hierarchy)}"
 
 
 def tree_name(hierarchy: Hierarchy) -> str:

@@ -114,7 +114,28 @@ def convert(document: object, model: type[T], where: str) -> T:
     try:
         return msgspec.convert(document, model, dec_hook=_decode)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{where}: {_explain(str(error), model)}") from error
+        message = _explain(str(error), model)
+        head, found, tail = message.partition("[...]")
+        if found:
+            message = f"{head}{_which(document, model, str(error), head)}{tail}"
+        raise UsageError(f"{where}: {message}") from error
+
+
+def _which(document: object, model: type[msgspec.Struct], error: str, key: str) -> str:
+    """Name the member of the mapping at a dotted key that an error is about."""
+    place: object = document
+    for part in key.split("."):
+        place = place.get(part) if isinstance(place, dict) else None
+    for name in place if isinstance(place, dict) else ():
+        alone: object = {name: place[name]} if isinstance(place, dict) else None
+        for part in reversed(key.split(".")):
+            alone = {part: alone}
+        try:
+            msgspec.convert(alone, model, dec_hook=_decode)
+        except msgspec.ValidationError as again:
+            if str(again) == error:
+                return f".{name}"
+    return "[...]"
 
 
 def _decode(kind: type, value: object) -> object:
@@ -125,6 +146,9 @@ def _decode(kind: type, value: object) -> object:
 
 def _explain(message: str, model: type[msgspec.Struct]) -> str:
     text, _, place = message.partition(" - at `")
+    name_in = re.fullmatch(r"key` in `(.*)`", place)
+    if name_in is not None:
+        place, text = name_in[1], f"a name in it does not fit: {text}"
     key = place.rstrip("`").removeprefix("$").lstrip(".")
     unknown = re.match(r"Object contains unknown field `(.*)`", text, re.DOTALL)
     if unknown is None:

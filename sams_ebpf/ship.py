@@ -36,8 +36,10 @@ log = logging.getLogger(__name__)
 # The folder is watched; this is for what the watch may miss, and for retries of deletions.
 _RESCAN_S = 3600.0
 _LOOK_S = 60.0
+_CLOCK_S = 3600.0
 _GRACE_S = 5.0
 _REPEAT_S = 600.0
+_SHORT_S = 60.0
 # So many refusals without a success in between look like a receiver that is wrong, not
 # batches that are: slow down rather than set the whole spool aside.
 _REFUSALS = 8
@@ -122,7 +124,9 @@ class Courier:
         self._hurry = False
         self._refusals = 0
         self._since = 0.0
+        # Reason and time of the last complaint, and whether it was about this failure.
         self._said: tuple[str, float] = ("", float("-inf"))
+        self._told = False
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         outbox.register(name, required=receiver.required, offer=self.offer, away=lambda: self.away)
 
@@ -242,8 +246,12 @@ class Courier:
         if answer.outcome in (Outcome.STORED, Outcome.REFUSED):
             if self.failing:
                 self.failing = False
-                log.info("receiver %s: works again after %.0f s", self.name, now - self._since)
-                self._said = ("", float("-inf"))
+                if self._told:
+                    log.info("receiver %s: works again after %.0f s", self.name, now - self._since)
+                # One that says "not so fast" while it is sent a backlog is no news each time.
+                if now - self._since > _SHORT_S:
+                    self._said = ("", float("-inf"))
+                self._told = False
             return False
         if self._stopped:
             return True
@@ -253,6 +261,7 @@ class Courier:
         reason, said = self._said
         if answer.reason != reason or now - said > _REPEAT_S:
             self._said = (answer.reason, now)
+            self._told = True
             denied = "does not let this node in" if answer.outcome is Outcome.DENIED else "failed"
             kept = "kept, will be tried again" if self._required else "not required, dropped for it"
             log.warning(
@@ -268,6 +277,7 @@ class Service:
         self._settings = settings
         self._outbox = outbox
         self._stopping = False
+        self._began_s = time.monotonic()
         self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # Jitter only has to differ from node to node.
         self._chance = random.Random()  # noqa: S311
@@ -281,6 +291,7 @@ class Service:
         if not self._couriers:
             raise UsageError("ship.receivers: none is configured, so there is nowhere to send to")
         self._begin()
+        self._outbox.keep_bounds()
         threads = [threading.Thread(target=one.once, daemon=True) for one in self._couriers]
         for thread in threads:
             thread.start()
@@ -304,6 +315,7 @@ class Service:
         signal.signal(signal.SIGHUP, self._on_hurry)
         try:
             self._begin()
+            self._keep_bounds()
             for courier in self._couriers:
                 courier.thread.start()
             if not self._couriers:
@@ -321,7 +333,10 @@ class Service:
         self._outbox.scan()
         self._outbox.finish_losses()
         self._outbox.clean()
-        self._outbox.keep_bounds()
+
+    def _keep_bounds(self) -> None:
+        """At boot the wall clock may be wrong: nothing is too old before it was put right."""
+        self._outbox.keep_bounds(by_age=time.monotonic() - self._began_s > _CLOCK_S)
 
     def _watch(self, watch: inotify.Arrivals) -> None:
         poll = select.poll()
@@ -339,7 +354,7 @@ class Service:
                 self._outbox.scan()
             else:
                 self._outbox.arrived(names)
-            self._outbox.keep_bounds()
+            self._keep_bounds()
             for courier in self._couriers:
                 if not courier.thread.is_alive() and not self._stopping:
                     raise SamsError(

@@ -55,16 +55,26 @@ def set_claim(programs: ProgramSet, claim: layout.Claim) -> None:
 
 
 def claim(programs: ProgramSet, slot: layout.Slot) -> layout.Claim:
-    """Become the next writer of a slot's epoch."""
+    """Become the next writer of a slot's epoch; one that has not ended yet."""
     now = layout.Claim(
         slot_id=slot.id,
         # A slot of the kernel's making began before anyone could read the wall clock.
         begin_ns=time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME) + slot.birth_ns,
     )
     known = claim_of(programs, slot.id) or now
-    mine = known._replace(generation=known.generation + 1, pid=os.getpid())
+    mine = known._replace(
+        generation=known.generation + 1,
+        pid=os.getpid(),
+        flags=known.flags & ~layout.CLAIM_ENDED,
+    )
     set_claim(programs, mine)
     return mine
+
+
+def remade_ns(programs: ProgramSet, slot: layout.Slot) -> int:
+    """CLOCK_BOOTTIME at which the job's cgroup was last made again; 0: it was not."""
+    data = programs.maps["remade"].lookup(layout.U32.pack(slot.id & _INDEX))
+    return layout.U64.unpack(data)[0] if data else 0
 
 
 def take(programs: ProgramSet, cgroup: Cgroup) -> layout.Slot:
@@ -84,7 +94,9 @@ def take(programs: ProgramSet, cgroup: Cgroup) -> layout.Slot:
     path = kernel_path(cgroup)
     birth = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     slots.update(index, layout.new_slot(slot_id, os.urandom(16), path, birth))
-    set_claim(programs, layout.Claim(slot_id=slot_id, begin_ns=time.time_ns(), private=1))
+    set_claim(
+        programs, layout.Claim(slot_id=slot_id, begin_ns=time.time_ns(), flags=layout.CLAIM_BY_HAND)
+    )
     programs.maps["jobs"].update(layout.U64.pack(layout.path_hash(path)), layout.U32.pack(slot_id))
     note(programs, slot_id, cgroup)
     programs.adopt(Path(folder) for folder in cgroups.subtree(cgroup.folder))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from sams_ebpf import bpf, config, layout, leftovers, paths, pins, slots, spool, wire
+from sams_ebpf import bpf, config, layout, leftovers, paths, pins, rejected, slots, spool, wire
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,13 +31,19 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Spool(msgspec.Struct, frozen=True, kw_only=True):
-    """What waits in the spool folder; None where it cannot be read."""
+    """What waits in the spool folder; None where it cannot be read.
+
+    aside: batches set aside, damaged or refused for good; gone: those of them for which
+    there was no room.
+    """
 
     folder: str
     batches: dict[str, int] | None
     bytes: int | None
     oldest_age_s: float | None
     max_bytes: int
+    aside: int | None = None
+    gone: rejected.Tally = rejected.Tally()
 
 
 class ProgramSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,9 +69,13 @@ class ProgramSet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Programs(msgspec.Struct, frozen=True, kw_only=True):
-    """What is in the kernel; `unread`: why it could not be told."""
+    """What is in the kernel; `unread`: why it could not be told.
+
+    others: names of sets that another version of the product loaded and can read.
+    """
 
     sets: list[ProgramSet] = []
+    others: list[str] = []
     slots_used: int = 0
     unread: str | None = None
 
@@ -101,10 +111,15 @@ def read(site: config.Config, now_ns: int, loaded: Programs) -> Status:
 def programs() -> Programs:
     """Look at the pinned sets; without privileges, say that they cannot be seen."""
     try:
-        sets = [_set(folder) for folder in pins.folders()]
+        folders = pins.folders()
+        sets = [_set(folder) for folder in folders if pins.is_readable(folder)]
     except (bpf.BpfError, PermissionError) as error:
         return Programs(unread=str(error))
-    return Programs(sets=sets, slots_used=sum(one.slots_used for one in sets))
+    return Programs(
+        sets=sets,
+        others=[folder.name for folder in folders if not pins.is_readable(folder)],
+        slots_used=sum(one.slots_used for one in sets),
+    )
 
 
 def _set(folder: Path) -> ProgramSet:
@@ -172,7 +187,18 @@ def _spool(limits: config.Spool, now_ns: int) -> Spool:
         bytes=size,
         oldest_age_s=None if oldest is None else max(0, now_ns - oldest) / 1e9,
         max_bytes=limits.max_bytes,
+        aside=_aside(limits.folder / rejected.FOLDER),
+        gone=rejected.tally(limits.folder / "shipper" / rejected.TALLY),
     )
+
+
+def _aside(folder: Path) -> int | None:
+    try:
+        return sum(one.batch is not None for one in rejected.kept(folder))
+    except FileNotFoundError:
+        return 0
+    except OSError:
+        return None
 
 
 def _unread(limits: config.Spool) -> Spool:
@@ -237,15 +263,22 @@ def _spool_lines(state: Spool) -> Iterable[str]:
     text += f"{state.bytes / 1e6:.1f} of {state.max_bytes / 1e6:.0f} MB"
     if state.oldest_age_s is not None:
         text += f", oldest {span(state.oldest_age_s)} ago"
-    return [text]
+    lines = [text]
+    if state.aside or state.gone.batches:
+        text = f"rejected: {_or_dash(state.aside)} batches set aside, see the .reason beside each"
+        if state.gone.batches:
+            text += f"; {state.gone.batches} more found no room since {state.gone.since}"
+        lines.append(text)
+    return lines
 
 
 def _program_lines(loaded: Programs) -> Iterable[str]:
     if loaded.unread is not None:
         return [f"programs: cannot be seen: {loaded.unread}"]
-    if not loaded.sets:
-        return ["programs: none loaded; `sams-ebpf load` counts jobs from their first process on"]
-    return [_program_line(one) for one in loaded.sets]
+    lines = [_program_line(one) for one in loaded.sets]
+    lines += [f"programs {name}: of another version, goes with its jobs" for name in loaded.others]
+    nothing = "programs: none loaded; `sams-ebpf load` counts jobs from their first process on"
+    return lines or [nothing]
 
 
 def _program_line(one: ProgramSet) -> str:

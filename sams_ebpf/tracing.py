@@ -12,6 +12,9 @@ from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.meter import Snapshot
 from sams_ebpf.programs import ProgramSet
 
+# Lost by cause: CPU, at most, of a later run of the same job that was counted here.
+LATER_RUN: Final = "later_run_ns"
+
 _TRIES: Final = 20  # once in a job's life
 _HARVEST_TRIES: Final = 3
 _TICK_NS: Final = 4_000_000
@@ -42,14 +45,16 @@ class BpfMeter:
         self.path = slot.path
         self._programs = programs
         self._id = slot.id
+        self._where = cgroup
         self._counter = cgroups.counter(cgroup, cgroups.mounted()) if cgroup.exists() else cgroup
         self._let_go = let_go
+        self._run_ended_ns: int | None = None
         self._names: dict[int, layout.Name] = {}
         self._splits: dict[int, tuple[int, int]] = {}
         self._claim = slots.claim(programs, slot)
         self.generation = self._claim.generation
         self.begin_ns = self._claim.begin_ns
-        if self._claim.private and self.generation == 1:
+        if self._claim.flags & layout.CLAIM_BY_HAND and self.generation == 1:
             self._settle_what_was_before()
 
     def _settle_what_was_before(self) -> None:
@@ -88,7 +93,7 @@ class BpfMeter:
         A cgroup that was removed and made again is another one: its counter begins anew
         and what the old one said last is added.
         """
-        if self._counter is None:
+        if self._counter is None or not self._is_ours():
             return
         try:
             now_id = cgroups.identify(self._counter)
@@ -106,12 +111,33 @@ class BpfMeter:
             last_read_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         )
 
+    def _is_ours(self) -> bool:
+        """Tell whether the cgroup at the job's path is this run's, if there is one."""
+        try:
+            key = layout.U64.pack(cgroups.identify(self._where))
+        except FileNotFoundError:
+            return False
+        noted = self._programs.maps["cgroups"].lookup(key)
+        # Not noted at all: there was no room, which is counted.
+        return noted is None or noted == layout.U32.pack(self._id)
+
     def look(self, found: Sequence[Cgroup]) -> None:
         """Read the counter of the job's cgroup, which may be another than before."""
         if found and (self._counter is None or found[0].folder != self._counter.folder):
+            self._where = found[0]
             counter = cgroups.counter(found[0], cgroups.mounted())
             self._counter = counter or self._counter
         self.read_counter()
+        slots.set_claim(self._programs, self._claim)
+
+    def end_run(self, ended_ns: int | None) -> None:
+        """Take no more cgroups to this run: one made at its path from now on is another run's.
+
+        ended_ns: CLOCK_BOOTTIME of the run's end, if known; a cgroup that was made after it
+        and before this call has been counted here, which the ledger then says.
+        """
+        self._run_ended_ns = ended_ns
+        self._claim = self._claim._replace(flags=self._claim.flags | layout.CLAIM_ENDED)
         slots.set_claim(self._programs, self._claim)
 
     def works(self) -> bool:
@@ -155,7 +181,7 @@ class BpfMeter:
             unattributed_by={"before_attach": self._claim.before_ns}
             if self._claim.before_ns
             else {},
-            lost=self._lost(slot),
+            lost=self._lost(slot, rows),
             processes=wire.Processes(
                 forks=slot.forks,
                 adopted=slot.adopted,
@@ -222,14 +248,18 @@ class BpfMeter:
         return self._claim.past_ns + self._claim.last_ns
 
     def _age_ns(self) -> int:
-        if self._counter is None or not self._claim.cgroup_id or self._counter.exists():
+        if self._counter is None or not self._claim.cgroup_id or self._is_ours():
             return 0
         return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - self._claim.last_read_ns
 
-    def _lost(self, slot: layout.Slot) -> dict[str, int]:
+    def _lost(self, slot: layout.Slot, rows: list[tuple[int, layout.Total]]) -> dict[str, int]:
         lost = {name: count for name, count in slot.lost.items() if count}
         if self._programs.node().tripped:
             lost["programs_tripped"] = 1
+        ended_ns = self._run_ended_ns
+        if ended_ns is not None and slots.remade_ns(self._programs, slot) > ended_ns:
+            # Its cgroup's counter, or all there is where that went unread.
+            lost[LATER_RUN] = self._claim.last_ns if self._is_ours() else self._inside(rows)
         return lost
 
     def close(self) -> None:

@@ -34,12 +34,12 @@ def clear(site: config.Config) -> int:
             BpfMeter(used, slot, opening.place(os.fsdecode(slot.path), tree), let_go=pins.let_go)
             for used, slot in _overdue(site.collector.unclaimed_after_s)
         ]
-    return sum(_spool(site, meter) for meter in found)
+    return sum(clear_one(site, meter) for meter in found)
 
 
 def _overdue(after_s: float) -> Iterator[tuple[ProgramSet, layout.Slot]]:
     now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    for folder in pins.folders():
+    for folder in filter(pins.is_readable, pins.folders()):
         try:
             used = pins.open_set(folder)
         except bpf.BpfError as error:
@@ -60,16 +60,27 @@ def _overdue(after_s: float) -> Iterator[tuple[ProgramSet, layout.Slot]]:
             used.close()
 
 
-def _spool(site: config.Config, meter: BpfMeter) -> bool:
-    composer = writer.Composer(meter, claims_of(site, meter.path), full_every=1)
-    closing = wire.Closing(reason="unclaimed", live=0)
+def clear_one(site: config.Config, meter: BpfMeter) -> bool:
+    """Spool what nobody has closed as unclaimed, and release it; False if that failed."""
+    if not close(site, meter, claims_of(site, meter.path), "unclaimed"):
+        return False
+    _log.warning("%s: no collector closed this job; spooled as unclaimed", os.fsdecode(meter.path))
+    return True
+
+
+def close(site: config.Config, meter: BpfMeter, claims: wire.Claims, reason: str) -> bool:
+    """Spool the only and final batch of a slot that had no collector, and release it.
+
+    False, logged, if it could not be spooled: the slot stays.
+    """
+    composer = writer.Composer(meter, claims, full_every=1)
+    closing = wire.Closing(reason=reason, live=meter.live())
     batch = composer.compose(meter.harvest(), time.time_ns(), closing)
-    batch = msgspec.structs.replace(batch, unclaimed=True)
+    batch = msgspec.structs.replace(batch, unclaimed=reason == "unclaimed")
     if writer.put(composer, site.spool.folder, batch) is None:
         return False
     leftovers.forget(site.collector.state, meter.epoch)
     meter.close()
-    _log.warning("%s: no collector closed this job; spooled as unclaimed", os.fsdecode(meter.path))
     return True
 
 

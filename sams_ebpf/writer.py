@@ -142,19 +142,23 @@ class Writer:
         self._state = state
         self._clock = clock
         self._failing = False
+        self.problem = ""
         self.last: wire.Batch | None = None
 
     def write(self, final: wire.Closing | None = None) -> bool:
-        """Harvest and spool one batch; False if it could not be kept, which is logged once."""
+        """Harvest and spool one batch; False if it could not be kept.
+
+        `problem` says why. Logged once, but for the final batch: that is the caller's to tell.
+        """
         snapshot = self._meter.harvest()
         batch = self.composer.compose(snapshot, self._clock(), final)
         try:
             path = spool.put(self._folder, batch)
         except OSError as error:
             self.composer.lost()
-            if not self._failing or final is not None:
-                what = "the job's last batch is lost" if final else "the next batch holds it all"
-                _log.warning("%s: batch not written: %s; %s", self._folder, error.strerror, what)
+            self.problem = f"{self._folder}: batch not written: {error.strerror}"
+            if not self._failing and final is None:
+                _log.warning("%s; the next batch holds it all", self.problem)
             self._failing = True
             return False
         if self._failing:

@@ -12,6 +12,7 @@ import logging
 import math
 import random
 import re
+import ssl
 import time
 from collections.abc import Mapping
 from typing import Annotated, Final, NamedTuple
@@ -96,7 +97,7 @@ class App:
         self._failures = Rate(
             limits.failures_per_minute / 60, limits.failures_per_minute, limits.clients
         )
-        self._daily = Daily(config.quotas, limits.clients)
+        self.daily = Daily(config.quotas, limits.clients)
         self._in_flight = 0
         self._large = asyncio.Lock()
         self._passwords = asyncio.Semaphore(2)
@@ -232,7 +233,7 @@ class App:
             # A client that is known as a node pays for what it sends before anybody looks at
             # it. Clients that share one name are told apart by what they claim, after that.
             if client.node is not None:
-                self._allow("bytes", self._daily.bytes_left(quota_of, len(body)))
+                self._allow("bytes", self.daily.bytes_left(quota_of, len(body)))
             payload = self._upstream(client, body, upstream) if upstream else _batch(client, body)
         except Refusal as refusal:
             if refusal.aside:
@@ -241,8 +242,8 @@ class App:
             raise
         if client.node is None:
             quota_of = _quota_name(client._replace(node=payload.node, cluster=payload.cluster))
-            self._allow("bytes", self._daily.bytes_left(quota_of, len(body)))
-        self._allow("writers", self._daily.writer_left(quota_of, payload.tag.key))
+            self._allow("bytes", self.daily.bytes_left(quota_of, len(body)))
+        self._allow("writers", self.daily.writer_left(quota_of, payload.tag.key))
         return payload
 
     def _allow(self, what: str, allowed: bool) -> None:
@@ -349,7 +350,7 @@ class App:
 
     def _set_aside(self, client: Client, kind: str, data: bytes, reason: str) -> None:
         facts = {"client": client.name, "method": client.method, "reason": reason}
-        if not self._daily.aside_left(_quota_name(client), len(data)) or not self.aside.put(
+        if not self.daily.aside_left(_quota_name(client), len(data)) or not self.aside.put(
             kind, data, facts
         ):
             self.metrics.aside_dropped.inc()
@@ -391,11 +392,14 @@ class Front(web.Server):
             if proxy is not None and proxy.secret_file
             else None
         )
+        # By which connections are made from now on; None without TLS.
+        self.context: ssl.SSLContext | None = None
         self._app = app
         self._budget = budget
         self._idle = app.config.limits.idle_seconds
         self._since: dict[RequestHandler, float] = {}
         self._transports: dict[RequestHandler, asyncio.Transport] = {}
+        self._retiring: set[RequestHandler] = set()
         super().__init__(
             self._answer,
             access_log=None,
@@ -411,6 +415,8 @@ class Front(web.Server):
         self._since[handler] = time.monotonic()
         self._transports[handler] = transport
         self._budget.open += 1
+        if transport.get_extra_info("sslcontext") is not self.context:
+            transport.abort()  # shook hands by certificates that were replaced meanwhile
         if self._budget.open > self._app.config.limits.connections:
             self._app.metrics.limited.labels("connections").inc()
             transport.abort()
@@ -420,6 +426,7 @@ class Front(web.Server):
         if self._transports.pop(handler, None) is not None:
             self._budget.open -= 1
         self._since.pop(handler, None)
+        self._retiring.discard(handler)
         super().connection_lost(handler, exc)
 
     def sweep(self) -> None:
@@ -428,6 +435,14 @@ class Front(web.Server):
         for handler, since in list(self._since.items()):
             if since < limit:
                 self._transports[handler].abort()
+
+    def retire(self) -> None:
+        """Let every connection end once it is idle: who holds it has to come in again."""
+        for handler, since in list(self._since.items()):
+            if since == math.inf:
+                self._retiring.add(handler)  # with its answer
+            else:
+                handler.force_close()
 
     @property
     def busy(self) -> bool:
@@ -447,7 +462,10 @@ class Front(web.Server):
         # While a request is being answered it has its own time-outs.
         self._since[handler] = math.inf
         try:
-            return await self._app.handle(request, self)
+            response = await self._app.handle(request, self)
+            if handler in self._retiring:
+                response.force_close()
+            return response
         finally:
             if handler in self._transports:
                 self._since[handler] = time.monotonic()

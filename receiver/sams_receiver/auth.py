@@ -159,6 +159,8 @@ class _Watched:
 
     def _read(self) -> None:
         found = read_credentials(self._path, self._pattern)
+        if not found:
+            self._warn(f"{self._path}: holds no credential: nobody gets in by it")
         self.by_secret = {credential.secret: credential for credential in found}
         self.by_name = {}
         for credential in found:

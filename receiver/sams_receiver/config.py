@@ -167,6 +167,8 @@ def _check_listener(where: str, listener: Listener, section: Receiver) -> None:
             f"{where}: {listener.address} without tls: tokens, passwords and batches would"
             " travel in the clear; add tls, or listen on 127.0.0.1 or a unix socket behind a proxy"
         )
+    if listener.tls is not None and listener.tls.crl and not listener.tls.client_ca:
+        raise UsageError(f"{where}.tls.crl: without client_ca no certificate is looked at")
     if listener.proxy is not None and listener.unix is None and listener.proxy.secret_file is None:
         raise UsageError(
             f"{where}.proxy: any local user could pass for the proxy: listen on a unix socket"

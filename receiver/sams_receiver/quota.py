@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from hashlib import blake2b
+from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from sams_receiver.config import Quotas
 
 DAY: Final = 86_400
+
+log = logging.getLogger(__name__)
 
 
 class Rate:
@@ -45,6 +51,13 @@ class Rate:
         return len(self._buckets)
 
 
+class _Kept(msgspec.Struct, frozen=True):
+    """Counts of a day as they are kept on disk: by node its bytes, aside, writers."""
+
+    day: int
+    nodes: dict[str, tuple[int, int, list[int]]]
+
+
 class _Today:
     __slots__ = ("aside", "bytes", "writers")
 
@@ -55,13 +68,44 @@ class _Today:
 
 
 class Daily:
-    """What each node has had kept since midnight UTC; starts at nothing with the process."""
+    """What each node has had kept since midnight UTC.
+
+    Kept in a file between lives of the process, so that a restart gives nobody a new day:
+    `load` at the start, `save` now and then. What a kill leaves unsaved is not counted.
+    """
 
     def __init__(self, quotas: Quotas, nodes: int) -> None:
         self._quotas = quotas
         self._nodes = nodes
         self._day = 0
         self._today: dict[str, _Today] = {}
+        self._changed = False
+
+    def load(self, file: Path) -> None:
+        """Go on from a file, if it is of today; one that cannot be read is logged and left."""
+        try:
+            kept = msgspec.json.decode(file.read_bytes(), type=_Kept)
+        except FileNotFoundError:
+            return
+        except (OSError, msgspec.MsgspecError) as error:
+            log.warning("%s: cannot be read, today's quotas begin anew: %s", file, error)
+            return
+        if kept.day != int(time.time()) // DAY:
+            return
+        self._day = kept.day
+        for node, (size, aside, writers) in kept.nodes.items():
+            used = self._today[node] = _Today()
+            used.bytes, used.aside, used.writers = size, aside, set(writers)
+
+    def changes(self) -> bytes | None:
+        """What `load` reads, if anything has been counted since the last call."""
+        if not self._changed:
+            return None
+        self._changed = False
+        nodes = {
+            node: (used.bytes, used.aside, list(used.writers)) for node, used in self._today.items()
+        }
+        return msgspec.json.encode(_Kept(self._day, nodes))
 
     def bytes_left(self, node: str, size: int) -> bool:
         """Count size bytes of work done for the node; False if that is more than it may have."""
@@ -99,6 +143,7 @@ class Daily:
             self._day = day
             self._today.clear()
         used = self._today.get(node)
+        self._changed = True
         if used is None and len(self._today) < self._nodes:
             used = self._today[node] = _Today()
         return used

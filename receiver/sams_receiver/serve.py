@@ -8,20 +8,19 @@ import contextlib
 import logging
 import os
 import signal
-import ssl
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import uvloop
 
-from sams_ebpf.errors import UsageError
+from sams_ebpf import durable
 from sams_ebpf.program import notify
-from sams_ebpf.settings import check_secret
 from sams_receiver import auth, config
 from sams_receiver.app import App, Budget, Front
 from sams_receiver.archive import Appender, SyncFailedError
-from sams_receiver.config import Receiver, Tls
+from sams_receiver.config import Receiver
+from sams_receiver.listening import Listening, tls_context
 from sams_receiver.metrics import Metrics
 from sams_receiver.store import Store
 
@@ -29,7 +28,8 @@ log = logging.getLogger(__name__)
 
 _DAY_NS = 86_400 * 10**9
 _SWEEP_SECONDS = 5.0
-_BACKLOG = 2_048
+_SAVE_SECONDS = 60.0
+QUOTAS = "quotas.json"
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -71,13 +71,16 @@ async def serve(settings: Receiver) -> None:
     app = App(settings, metrics)
     budget = Budget()
     fronts = [Front(app, listener, budget=budget) for listener in settings.listen]
-    contexts = [tls_context(listener.tls) if listener.tls else None for listener in settings.listen]
+    listening = [Listening(front) for front in fronts]
     appender = Appender.open(
         settings.archive,
         partitions=settings.partitions,
         limits=settings.segments.limits(),
         aside_bytes=settings.quotas.aside_bytes,
     )
+    partitions = appender.archive.manifest.partitions
+    if partitions != settings.partitions:
+        log.info("%s: has %d partitions, which is fixed", settings.archive, partitions)
     store = Store(
         appender,
         window_ns=settings.duplicates_days * _DAY_NS,
@@ -87,67 +90,35 @@ async def serve(settings: Receiver) -> None:
     )
     store.start()
     app.store = store
-    servers: list[asyncio.Server] = []
+    quotas = settings.archive / QUOTAS
+    app.daily.load(quotas)
+    again = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, again.set)
     try:
-        for front, context in zip(fronts, contexts, strict=True):
-            servers.append(await _listen(front, context))
+        for one in listening:
+            await one.start()
         notify("READY=1")
-        sweeper = asyncio.create_task(_sweep(fronts, budget, metrics))
+        tasks = [
+            asyncio.create_task(_sweep(fronts, budget, metrics)),
+            asyncio.create_task(_save(app, quotas)),
+            asyncio.create_task(_reload(again, listening)),
+        ]
         await stop.wait()
-        sweeper.cancel()
+        for task in tasks:
+            task.cancel()
         log.info("stopping")
         notify("STOPPING=1")
     finally:
         app.stopping = True
-        for server in servers:
-            server.close()
+        for one in listening:
+            one.close()
         await _finish(fronts, settings.shutdown_seconds)
         await store.close()
-        for listener in settings.listen:
-            if listener.unix is not None:
-                listener.unix.unlink(missing_ok=True)
+        _write(quotas, app.daily.changes())
+        for one in listening:
+            one.remove()
     if fatal:
         raise fatal[0]
-
-
-async def _listen(front: Front, context: ssl.SSLContext | None) -> asyncio.Server:
-    loop = asyncio.get_running_loop()
-    listener = front.listener
-    path = listener.unix
-    try:
-        if path is not None:
-            with _socket_mode(path, int(listener.mode, 8)):
-                server = await loop.create_unix_server(front, str(path), backlog=_BACKLOG)
-            log.info("listening on unix:%s", path)
-        else:
-            host, port = listener.tcp
-            server = await loop.create_server(
-                front,
-                host,
-                port,
-                ssl=context,
-                backlog=_BACKLOG,
-                ssl_handshake_timeout=10.0 if context else None,
-                reuse_address=True,
-            )
-            for bound in server.sockets:
-                host, port = bound.getsockname()[:2]
-                log.info("listening on %s:%d%s", host, port, " (TLS)" if context else "")
-    except OSError as error:
-        raise UsageError(f"cannot listen on {listener.address}: {error}") from error
-    return server
-
-
-@contextlib.contextmanager
-def _socket_mode(path: Path, mode: int) -> Iterator[None]:
-    """Make a socket that is never, not even for a moment, open to more than mode says."""
-    if path.is_socket():
-        path.unlink()
-    before = os.umask(0o777 & ~mode)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 async def _finish(fronts: list[Front], seconds: float) -> None:
@@ -173,27 +144,28 @@ async def _sweep(fronts: list[Front], budget: Budget, metrics: Metrics) -> None:
             notify("WATCHDOG=1")
 
 
-def tls_context(tls: Tls) -> ssl.SSLContext:
-    """TLS 1.2 or later; with client_ca a certificate is asked for, and verified if given.
+async def _reload(again: asyncio.Event, listening: list[Listening]) -> None:
+    """Read again at SIGHUP what a site rotates; the configuration itself needs a restart."""
+    while True:
+        await again.wait()
+        again.clear()
+        now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        notify(f"RELOADING=1\nMONOTONIC_USEC={now_us}")
+        good = [await one.reload() for one in listening]
+        log.info("certificates and secrets read again%s", "" if all(good) else ", not all of them")
+        notify("READY=1")
 
-    Raises UsageError. A client without certificate may still come with a token or a
-    password; one with a wrong or expired certificate does not get through the handshake.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    check_secret(tls.key)
-    try:
-        context.load_cert_chain(tls.certificate, tls.key)
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"{tls.certificate}, {tls.key}: cannot be used: {error}") from error
-    for path in (tls.client_ca, tls.crl):
+
+async def _save(app: App, file: Path) -> None:
+    """Keep the day's quotas, so that a restart does not forget them."""
+    while True:
+        await asyncio.sleep(_SAVE_SECONDS)
+        await asyncio.to_thread(_write, file, app.daily.changes())
+
+
+def _write(file: Path, data: bytes | None) -> None:
+    if data is not None:
         try:
-            if path is not None:
-                context.load_verify_locations(path)
-        except (OSError, ssl.SSLError) as error:
-            raise UsageError(f"{path}: cannot be used: {error}") from error
-    if tls.client_ca is not None:
-        context.verify_mode = ssl.CERT_OPTIONAL
-    if tls.crl is not None:
-        context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
-    return context
+            durable.write(file, data)
+        except OSError as error:
+            log.warning("%s: cannot be kept: %s", file, error.strerror)

@@ -8,6 +8,16 @@ jobs=/run/sams-ebpf/jobs
 
 case $SLURM_JOB_ID in '' | *[!0-9]*) exit 0 ;; esac
 
+# When this run begins: a requeued run's cgroup has the path of the one before it, and is told
+# from it by its time.
+now= began=
+read -r now _ </proc/uptime
+began=$now
+# With PrologFlags=RunInJob the job's cgroup is there already, and we are in it.
+while read -r line; do
+	case $line/ in */"job_$SLURM_JOB_ID"/* | */"${SLURM_JOB_SLUID:-none}"/*) began= ;; esac
+done </proc/self/cgroup
+
 # A unit of an earlier run of this job may still be there: requeued after its Epilog did
 # not run (slurmd died), or still writing its last batch. Each run has a unit of its own;
 # its folder says which names are taken.
@@ -18,7 +28,8 @@ umask 077
 until mkdir "$jobs/$run" 2>/dev/null; do
 	[ -d "$jobs/$run" ] || break # no $jobs at all: the unit says so, and counts all the same
 	earlier="$earlier sams-ebpf@$run.service"
-	: >"$jobs/$run/ended"
+	# Its unit may end this moment, and the folder with it. (Not `:`, which ends a shell then.)
+	{ [ -e "$jobs/$run/ended" ] || echo "$now" >"$jobs/$run/ended"; } 2>/dev/null
 	number=$((number + 1))
 	[ "$number" -lt 100 ] || exit 0
 	run=$SLURM_JOB_ID.$number
@@ -27,6 +38,7 @@ done
 # NUL ends each value, so that no value, whatever a user put into it, can look like another.
 # shellcheck disable=SC2153
 [ ! -d "$jobs/$run" ] || printf '%s\0' \
+	"SAMS_EBPF_UPTIME=$began" \
 	"SLURM_JOB_ID=$SLURM_JOB_ID" \
 	"SLURM_JOB_SLUID=$SLURM_JOB_SLUID" \
 	"SLURM_JOB_RESTART_COUNT=${SLURM_JOB_RESTART_COUNT:-$SLURM_RESTART_COUNT}" \

@@ -110,6 +110,18 @@ def test_plain_http_to_this_machine_is_allowed(host: str) -> None:
     assert config.Receiver(url=f"http://{host}:8080").url
 
 
+def test_names_the_member_of_a_mapping(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    for bad, reason in (
+        ("x: {url: 'ftp://h/'}", r"c.yaml: ship\.receivers\.x: url: has to be https://"),
+        ("x: {urll: 'https://h/'}", r"c.yaml: ship\.receivers\.x\.urll: unknown key; did you"),
+        ("../x: {url: 'https://h/'}", r"c.yaml: ship\.receivers: a name in it does not fit: "),
+    ):
+        file.write_text(f"ship: {{receivers: {{good: {{url: 'https://h/'}}, {bad}}}}}")
+        with pytest.raises(UsageError, match=reason):
+            config.load(file)
+
+
 def test_the_node_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURMD_NODENAME", raising=False)
     assert "." not in config.Site().node_name()

@@ -124,6 +124,59 @@ def test_harvests_at_the_interval() -> None:
     assert 2 <= writer.written <= 10
 
 
+def test_the_run_s_mark_ends_it_with_the_last_process(tmp_path: Path) -> None:
+    """As the Epilog makes it, where the manager is slow to send the signal."""
+    mark = tmp_path / "ended"
+    timer = threading.Timer(0.2, mark.touch)
+    timer.start()
+    lives = iter([1, 1, 1])
+    told: list[bool] = []
+    with daemon.sleeping() as (signals, watch, sleeper):
+        closing = daemon.measure(
+            FakeMeter(lambda: next(lives, 0)),  # type: ignore[arg-type]
+            FakeWriter(),  # type: ignore[arg-type]
+            daemon.Places(lambda: [HERE], list, watch, mark),
+            signals,
+            sleeper,
+            interval_s=60,
+            grace_period_s=60,
+            in_kernel=True,
+            on_mark=lambda: told.append(mark.exists()),
+        )
+    timer.join()
+    assert closing == wire.Closing(reason="signal", live=0)
+    assert told == [True]
+
+
+def test_processes_that_stay_after_mark_and_signal_do_not_hold_it_up(tmp_path: Path) -> None:
+    mark = tmp_path / "ended"
+    mark.touch()
+    send(signal.SIGHUP, 0.1)
+    with daemon.sleeping() as (signals, watch, sleeper):
+        closing = daemon.measure(
+            FakeMeter(lambda: 3),  # type: ignore[arg-type]
+            FakeWriter(),  # type: ignore[arg-type]
+            daemon.Places(lambda: [HERE], list, watch, mark),
+            signals,
+            sleeper,
+            interval_s=60,
+            grace_period_s=60,
+            in_kernel=True,
+        )
+    assert closing == wire.Closing(reason="signal", live=3)
+
+
+def test_the_mark_ends_the_waiting_for_a_job(tmp_path: Path) -> None:
+    mark = tmp_path / "ended"
+    timer = threading.Timer(0.2, mark.touch)
+    timer.start()
+    with daemon.sleeping() as (signals, watch, sleeper):
+        places = daemon.Places(list, list, watch, mark)
+        assert daemon.wait_for_job(places, signals, sleeper, 60) == []
+    timer.join()
+    assert mark.exists()
+
+
 def test_waits_for_the_job() -> None:
     seen: list[list[Cgroup]] = [[], [HERE]]
     with daemon.sleeping() as (signals, watch, sleeper):

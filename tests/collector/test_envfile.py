@@ -95,6 +95,25 @@ def test_a_value_not_to_believe_is_left_out_and_said(
     assert claims.account == "p1"
 
 
+def test_a_run_has_what_was_made_between_its_prolog_and_its_epilog(tmp_path: Path) -> None:
+    env = tmp_path / "env"
+    assert envfile.run_of(None) == envfile.run_of(env) == envfile.UNKNOWN
+    assert envfile.UNKNOWN.has(0)
+    env.write_bytes(b"SAMS_EBPF_UPTIME=100.25\0" + encoded())
+    run = envfile.run_of(env)
+    assert run == envfile.Run(100_250_000_000, None)
+    assert [run.has(at) for at in (100_249_999_999, 100_250_000_000, 10**15)] == [False, True, True]
+    (tmp_path / envfile.ENDED).write_text("160.00\n")
+    run = envfile.run_of(env)
+    assert run.ended_ns == 160_010_000_000
+    assert [run.has(at) for at in (159 * 10**9, 161 * 10**9)] == [True, False]
+    # Not from the Prolog, or from one that could not tell.
+    (tmp_path / envfile.ENDED).write_text("")
+    env.write_bytes(b"SAMS_EBPF_UPTIME=\0" + encoded())
+    assert envfile.run_of(env) == envfile.UNKNOWN
+    assert envfile.ended(env)
+
+
 def test_cpus_of_unequal_nodes_are_not_guessed() -> None:
     assert envfile.parse(encoded(SLURM_JOB_CPUS_PER_NODE="4,2(x2)"), "env").cpus is None
 

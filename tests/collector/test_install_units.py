@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,55 @@ def test_a_run_beside_the_unit_of_an_earlier_run_has_a_unit_of_its_own(hooks: Ho
     for run in ("7", "7.1"):
         assert (hooks.jobs / run / "ended").exists()
     assert not (hooks.jobs / "70" / "ended").exists()
+
+
+def test_when_a_run_began_and_ended_is_written_down(hooks: Hooks) -> None:
+    """What tells the cgroups of two runs from each other, see docs/units.md."""
+    before = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - 10_000_000
+    hooks.run("prolog", SLURM_JOB_ID="7")
+    env = hooks.jobs / "7" / "env"
+    began_ns = envfile.run_of(env).began_ns
+    assert began_ns is not None
+    assert before <= began_ns <= time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    assert not envfile.ended(env)
+    hooks.run("epilog", SLURM_JOB_ID="7")
+    run = envfile.run_of(env)
+    assert run.ended_ns is not None
+    assert began_ns <= run.ended_ns
+    mark = env.with_name(envfile.ENDED)
+    # Nobody is later than the first who said so.
+    mark.write_text("1.00\n")
+    hooks.run("epilog", SLURM_JOB_ID="7")
+    hooks.run("prolog", SLURM_JOB_ID="7")
+    assert mark.read_text() == "1.00\n"
+
+
+@pytest.mark.parametrize("sluid", ["", "s0123456789ABC"])
+def test_a_prolog_inside_the_job_does_not_say_when_it_began(hooks: Hooks, sluid: str) -> None:
+    """PrologFlags=RunInJob: the job's cgroup is older."""
+    cgroup = hooks.folder / "cgroup"
+    prolog = hooks.folder / "prolog.sh"
+    prolog.write_text(prolog.read_text().replace("/proc/self/cgroup", str(cgroup)))
+    for path, known in (
+        (f"/system.slice/slurmstepd.scope/{sluid or 'job_7'}/step_extern/user/task_0", False),
+        (f"/system.slice/slurmstepd.scope/{sluid or 'job_7'}", False),
+        ("/system.slice/slurmstepd.scope/job_77/step_0", True),
+        ("/system.slice/slurmd.service", True),
+    ):
+        cgroup.write_text(f"1:name=systemd:/\n0::{path}\n")
+        hooks.run("prolog", SLURM_JOB_ID="7", SLURM_JOB_SLUID=sluid)
+        env = hooks.jobs / "7" / "env"
+        assert (envfile.run_of(env).began_ns is not None) is known, path
+        shutil.rmtree(hooks.jobs / "7")
+
+
+def test_a_folder_that_goes_meanwhile_drains_no_node(hooks: Hooks) -> None:
+    hooks.run("prolog", SLURM_JOB_ID="7")
+    (hooks.jobs / "7" / "ended").symlink_to("/nowhere/at/all")
+    assert hooks.run("prolog", SLURM_JOB_ID="7")[-1].endswith("start sams-ebpf@7.1.service")
+    assert hooks.run("epilog", SLURM_JOB_ID="7") == [
+        "--no-block --job-mode=fail stop sams-ebpf@7.service sams-ebpf@7.1.service"
+    ]
 
 
 def test_without_the_folder_the_unit_is_started_all_the_same(hooks: Hooks) -> None:

@@ -129,6 +129,8 @@ def test_constants_of_the_header_are_those_of_python() -> None:
     defined = dict(re.findall(r"#define SAMS_(\w+)\s+(\d+|0x[0-9a-f]+)u?\b", text))
     for name in ("PATH_MAX", "SCRIPT_MAX", "CGROUP_PATH", "PARENTS", "SLOTS"):
         assert int(defined[name], 0) == getattr(layout, name)
+    claims = dict(re.findall(r"SAMS_CLAIM_(\w+) = (\d+),", text))
+    assert claims == {"BY_HAND": str(layout.CLAIM_BY_HAND), "ENDED": str(layout.CLAIM_ENDED)}
     flags = dict(re.findall(r"SAMS_(\w+) = (\d+),", text))
     for name, value in (
         ("DELETED", wire.DELETED), ("MEMFD", wire.MEMFD), ("CUT", wire.CUT),

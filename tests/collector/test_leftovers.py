@@ -108,3 +108,20 @@ def test_what_cannot_be_read_is_said_and_does_not_stop_the_others(
     with caplog.at_level(logging.WARNING):
         assert leftovers.close_last_boot(state, folder, "new") == 1
     assert "not a batch" in caplog.text
+
+
+def test_an_epoch_whose_collector_was_lost_is_closed_by_its_name(
+    places: tuple[Path, Path],
+) -> None:
+    state, folder = places
+    noted(state, folder, batch(0))
+    noted(state, folder, batch(0, epoch=bytes(16)))
+    assert leftovers.close_lost(state, folder, EPOCH)
+    assert not leftovers.close_lost(state, folder, EPOCH)
+    last = max(
+        (one for one in in_spool(folder) if one.epoch == EPOCH), key=lambda one: one.generation
+    )
+    assert last.final == wire.Closing(reason="collector-lost", live=0)
+    assert last.ledger is not None
+    assert set(last.ledger.lost) == {"tasks", "collector_lost_window_ns"}
+    assert [header.epoch for _, header in leftovers.open_batches(state)] == [bytes(16)]

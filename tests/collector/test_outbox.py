@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shipping import Receiver, configure, fill, once, service, until, waiting
 
-from sams_ebpf import config, outbox, post, ship, spool, wire
+from sams_ebpf import config, outbox, post, rejected, ship, spool, wire
 from sams_ebpf.inotify import Arrivals
 from sams_ebpf.progress import Progress
 
@@ -93,11 +93,33 @@ def test_too_old_is_told_by_a_clock_that_nobody_sets(folder: Path) -> None:
     # Once seen, a file ages by the clock that nobody sets, whatever its time says.
     young = next(name for name in waiting(folder) if not name.endswith("tombstone.msgpack"))
     os.utime(folder / young, (0, 0))
-    box.keep_bounds()
     box.scan()
+    box._looked_s = float("-inf")  # it would look again after a minute
     box.keep_bounds()
     assert young in waiting(folder)
     box.close()
+
+
+def test_a_clock_that_was_wrong_makes_nothing_old(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At boot, before the time was set; and a jump while batches wait."""
+    fill(folder, 2)
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + 10 * 365 * 86400)
+    box = opened(folder, max_age_s=86400)
+    box.keep_bounds(by_age=False)
+    monkeypatch.setattr(time, "time", right)
+    box._looked_s = float("-inf")  # it would look again after a minute
+    box.keep_bounds()
+    box.close()
+    # It jumps after the shipper has seen them.
+    box = opened(folder, max_age_s=86400)
+    monkeypatch.setattr(time, "time", lambda: right() + 10 * 365 * 86400)
+    box.keep_bounds()
+    box.close()
+    assert tombstones(folder) == []
+    assert len(waiting(folder)) == 2
 
 
 def test_sequences_of_tombstones_are_never_used_twice(folder: Path) -> None:
@@ -352,6 +374,25 @@ def test_a_spool_gone_read_only_deletes_nothing_and_sends_nothing_twice(
     assert (len(receiver.stored), receiver.conflicts) == (5, 0)
 
 
+def test_a_spool_that_is_not_the_shipper_s_is_refused_at_once(folder: Path) -> None:
+    """Made by a run as root, say: else it would send everything again and again."""
+    opened(folder).close()
+    folder.chmod(0o755)
+    file = configure(folder.parent / "c.yaml", folder, {"main": {"url": "http://127.0.0.1:9"}})
+    for path in (folder.parent, *folder.parents[:3]):
+        path.chmod(0o755)
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", *shipping.COMMAND, str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"spool.folder: {folder}: user 65534 cannot write to it" in line
+
+
 def test_what_is_set_aside_has_a_quota(folder: Path) -> None:
     for at in range(30):
         (folder / f"junk{at}.msgpack").write_bytes(b"x" * 5000)
@@ -360,6 +401,46 @@ def test_what_is_set_aside_has_a_quota(folder: Path) -> None:
     left = list((folder / "rejected").iterdir())
     assert 0 < sum(-(-file.stat().st_size // 4096) * 4096 for file in left) <= 64 << 10
     assert waiting(folder) == []
+    box.close()
+
+
+def test_what_finds_no_room_among_the_set_aside_is_told(folder: Path) -> None:
+    """A receiver that refuses everything: nothing goes without a tombstone and a count."""
+    fill(folder, 30)
+    names = waiting(folder)
+    box = opened(folder, rejected_max_bytes=64 << 10)
+    box.register("other", required=True, offer=lambda _name: None, away=lambda: False)
+    for name in sorted(names):
+        data = box.read(name)
+        assert data is not None
+        assert box.refuse("main", name, data, "400 no")
+    left = rejected.kept(folder / "rejected")
+    gone = rejected.tally(folder / "shipper" / rejected.TALLY)
+    assert len(left) + gone.batches == 30
+    assert sum(one.bytes for one in left) <= 64 << 10
+    told = [batch.dropped for batch in tombstones(folder) if batch.dropped is not None]
+    assert {one.reason for one in told} == {"rejected"}
+    sequences = [n for one in told for n in range(one.first_sequence, one.last_sequence + 1)]
+    assert sorted(sequences) == list(range(gone.batches))
+    assert tombstones(folder)[0].claims.job_id == 5
+    box.close()
+    # The other receiver still gets the originals, also from the next shipper.
+    again = opened(folder)
+    again.finish_losses()
+    assert set(names) <= set(waiting(folder))
+    again.close()
+
+
+def test_a_tombstone_that_is_refused_brings_no_other(folder: Path) -> None:
+    fill(folder, 40)
+    box = opened(folder, max_bytes=64 << 10, rejected_max_bytes=4096)
+    box.keep_bounds()
+    (name,) = (name for name in waiting(folder) if name.endswith("-tombstone.msgpack"))
+    data = box.read(name)
+    assert data is not None
+    assert box.refuse("main", name, data, "400 no")
+    assert tombstones(folder) == []
+    assert rejected.tally(folder / "shipper" / rejected.TALLY).batches == 1
     box.close()
 
 

@@ -156,6 +156,22 @@ def test_who_is_not_let_in_keeps_everything_and_says_so(
     assert len([line for line in lines if "works again" in line]) == 1
 
 
+def test_a_receiver_that_slows_a_backlog_down_is_no_news_each_time(
+    tmp_path: Path, folder: Path, receiver: Receiver
+) -> None:
+    config = configure(tmp_path / "c.yaml", folder, {"main": {"url": receiver.url}})
+    receiver.behave = lambda number: shipping.status(429) if number % 3 == 0 else None
+    log = tmp_path / "log"
+    sent = fill(folder, 30)
+    with service(config, log=log):
+        until(lambda: not waiting(folder))
+    assert sorted(receiver.stored) == sorted(sent)
+    assert receiver.attempts >= 40
+    lines = log.read_text().splitlines()
+    assert len([line for line in lines if "429" in line]) == 1
+    assert len([line for line in lines if "works again" in line]) == 1
+
+
 def test_a_web_server_that_says_200_to_all_gets_nothing_deleted(
     folder: Path, receiver: Receiver, config: Path
 ) -> None:

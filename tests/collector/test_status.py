@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sams_ebpf import cli, config, leftovers, program, spool, status, wire
+from sams_ebpf import cli, config, leftovers, program, rejected, spool, status, wire
 
 NOW = 1_800_000_000_000_000_000
 SET = status.ProgramSet(
@@ -106,6 +106,22 @@ def test_a_spool_that_cannot_be_read_is_said(site: config.Config) -> None:
     state = status.read(site, NOW, LOADED)
     assert state.spool.batches is None
     assert "cannot be read" in status.show(state)
+
+
+def test_what_was_set_aside_is_shown(site: config.Config) -> None:
+    assert "rejected" not in status.show(status.read(site, NOW, LOADED))
+    aside = site.spool.folder / "rejected"
+    aside.mkdir()
+    path = spool.put(aside, batch(7))
+    rejected.put_reason(path, "main", "400 no")
+    text = status.show(status.read(site, NOW, LOADED))
+    assert "rejected: 1 batches set aside, see the .reason beside each" in text
+    (site.spool.folder / "shipper").mkdir()
+    rejected.remove(rejected.kept(aside), site.spool.folder / "shipper" / rejected.TALLY)
+    state = status.read(site, NOW, LOADED)
+    assert (state.spool.aside, state.spool.gone.batches, state.spool.gone.bytes) == (0, 1, 8192)
+    assert "0 batches set aside" in status.show(state)
+    assert f"1 more found no room since {state.spool.gone.since}" in status.show(state)
 
 
 def test_json_is_whole(

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sams_ebpf import layout, leftovers, sampling, wire
+from sams_ebpf import layout, leftovers, sampling, tracing, wire
 
 GOLDEN = Path(__file__).parent / "golden"
 PAGE = Path(__file__).parents[2] / "docs" / "wire.md"
@@ -193,7 +193,7 @@ def test_the_page_knows_every_cause() -> None:
     """Those in the kernel's table, and those the collector's sources count by name."""
     text = PAGE.read_text()
     told = set(re.findall(r"^\| `(?:lost|unattributed_by)` \| `(\w+)` \|", text, re.MULTILINE))
-    known = {*layout.LOST, leftovers.WINDOW}
+    known = {*layout.LOST, leftovers.WINDOW, leftovers.LOST_WINDOW, tracing.LATER_RUN}
     known |= {getattr(sampling, name) for name in SAMPLED}
     for source in Path(wire.__file__).parent.glob("*.py"):
         if source.name == "pressure.py":  # its reasons are those of tombstones

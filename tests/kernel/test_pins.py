@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sams_ebpf import cgroups, layout, pins, slots, wire
+from sams_ebpf import bpf, cgroups, layout, pins, slots, wire
 from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.programs import Options, ProgramSet
 from sams_ebpf.tracing import BpfMeter
@@ -125,6 +125,25 @@ def test_a_new_version_takes_new_jobs_and_the_old_one_finishes_its_own(node: Nod
     new.close()
 
 
+def test_a_set_of_another_version_is_left_to_its_own_collectors(node: Node) -> None:
+    old = node.load(quota=100)
+    first = node.job("job_1")
+    work(first, 5)
+    (folder,) = pins.folders(node.root)
+    stranger = folder.rename(folder.with_name(folder.name.replace(f"v{layout.VERSION}_", "v0_")))
+    with pytest.raises(bpf.BpfError, match="another version"):
+        pins.open_set(stranger)
+    new = node.load(quota=101)
+    assert (old.node().closed, old.node().stay, new.node().stay) == (1, 0, 1)
+    assert node.collect_garbage() == [], "the other version's job goes on"
+    ledger, _, meter = account(old, first)  # as its own collector would, which has it open
+    assert closes(ledger), ledger
+    meter.close()
+    assert node.collect_garbage() == [stranger.name]
+    old.close()
+    new.close()
+
+
 def test_a_job_is_counted_from_its_first_process_before_anyone_claims_it(node: Node) -> None:
     programs = node.load()
     job = node.job("job_42")
@@ -156,6 +175,95 @@ def test_a_job_s_cgroup_removed_and_made_again_is_the_same_job(node: Node) -> No
     attributed = sum(record.cpu_ns for record in snapshot.records)
     assert snapshot.cgroup_cpu_ns is not None
     assert abs(snapshot.cgroup_cpu_ns - attributed) <= 2000
+    meter.close()
+    programs.close()
+
+
+def used_of(programs: ProgramSet, cgroup: Cgroup) -> list[layout.Slot]:
+    """Slots at this path, oldest first."""
+    path = slots.kernel_path(cgroup)
+    found = [slot for slot in slots.used(programs) if slot.path == path]
+    return sorted(found, key=lambda slot: slot.birth_ns)
+
+
+def age(programs: ProgramSet, slot: layout.Slot, by_ns: int) -> None:
+    """Make a slot older than it is."""
+    index = layout.U32.pack(slot.id & 0xFFF)
+    data = programs.maps["slots"].lookup(index)
+    assert data is not None
+    before, after = (layout.U64.pack(ns) for ns in (slot.birth_ns, slot.birth_ns - by_ns))
+    assert data.count(before) == 1
+    programs.maps["slots"].update(index, data.replace(before, after))
+
+
+def test_a_run_that_has_ended_gets_nothing_of_the_next_run_at_the_same_path(node: Node) -> None:
+    """Requeued while the first run's collector still writes its last batch."""
+    programs = node.load()
+    job = node.job("job_11")
+    work(job, 5)
+    first = BpfMeter(programs, only(programs), job, let_go=slots.release)
+    first.end_run(None)
+    Path(job.folder).rmdir()
+    node.job("job_11")
+    work(job, 7)
+    old, new = used_of(programs, job)
+    second = BpfMeter(programs, new, job, let_go=slots.release)
+    for meter, slot, times in ((first, old, 5), (second, new, 7)):
+        assert meter.epoch == slot.epoch
+        snapshot = meter.harvest()
+        assert snapshot.processes.forks == times
+        assert snapshot.lost == {}
+    # The first run's counter went unread with its cgroup; the second's is not its.
+    assert first.harvest().cgroup_cpu_ns is None
+    snapshot = second.harvest()
+    assert snapshot.cgroup_cpu_ns is not None
+    assert abs(snapshot.cgroup_cpu_ns - sum(r.cpu_ns for r in snapshot.records)) <= 2000
+    first.close()
+    node.job("job_11/step_1")
+    assert [slot.id for slot in used_of(programs, job)] == [new.id]
+    second.close()
+    assert list(slots.used(programs)) == []
+    programs.close()
+
+
+def test_runs_that_nobody_has_claimed_yet_are_kept_apart(node: Node) -> None:
+    """Neither run's collector is up: what comes long after is another run, else the same."""
+    programs = node.load()
+    job = node.job("job_12")
+    work(job, 3)
+    Path(job.folder).rmdir()
+    node.job("job_12")
+    work(job, 4)
+    (same,) = used_of(programs, job)
+    assert (same.forks, slots.remade_ns(programs, same) > same.birth_ns) == (7, True)
+    age(programs, same, by_ns=6_000_000_000)
+    Path(job.folder).rmdir()
+    node.job("job_12")
+    work(job, 5)
+    old, new = used_of(programs, job)
+    assert (old.id, old.forks, new.forks) == (same.id, 7, 5)
+    assert old.epoch != new.epoch
+    for slot in (old, new):
+        slots.release(programs, slot.id)
+    programs.close()
+
+
+def test_a_later_run_that_was_counted_here_is_told(node: Node) -> None:
+    """The collector lives but has not heard yet that its run has ended."""
+    programs = node.load()
+    job = node.job("job_13")
+    work(job, 5)
+    meter = BpfMeter(programs, only(programs), job, let_go=slots.release)
+    ended_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    Path(job.folder).rmdir()
+    node.job("job_13")
+    work(job, 5)
+    meter.look([job])
+    assert meter.harvest().lost == {}, "nothing says that it is not the same run"
+    meter.end_run(ended_ns)
+    lost = meter.harvest().lost
+    assert list(lost) == ["later_run_ns"]
+    assert lost["later_run_ns"] == cgroups.cpu_ns(job)
     meter.close()
     programs.close()
 
@@ -222,3 +330,14 @@ def test_a_half_pinned_set_is_collected(node: Node) -> None:
     unfinished = node.root / "0123456789abcdef-v2-new"
     unfinished.mkdir(parents=True)
     assert node.collect_garbage() == [unfinished.name]
+
+
+def test_a_collector_s_unit_compiles_nothing(node: Node) -> None:
+    options = Options(hierarchy=node.tree, quota=100, tasks=512)
+    with pins.lock(), pytest.raises(bpf.BpfError, match=r"start sams-ebpf-load\.service"):
+        pins.load(options, "bcc", stay=False, make=False, root=node.root)
+    loaded = node.load()
+    with pins.lock():
+        # Whatever compiled or loaded it: what stays for this tree is used.
+        pins.load(options, "bcc", stay=False, make=False, root=node.root).close()
+    loaded.close()

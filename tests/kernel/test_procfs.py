@@ -472,6 +472,20 @@ def test_another_boot_is_another_epoch(
     assert second.generation == 1
 
 
+def test_another_run_continues_nothing(cgroup: Cgroup, tmp_path: Path) -> None:
+    """Requeued, and the first run's collector could not close its own."""
+    state = tmp_path / "state"
+    first = ProcMeter([cgroup], state, run="0/17")
+    again = ProcMeter([cgroup], state, run="0/17")
+    assert (again.epoch, again.generation, again.superseded) == (first.epoch, 2, None)
+    # A run that is not known continues what is there.
+    assert ProcMeter([cgroup], state).epoch == first.epoch
+    second = ProcMeter([cgroup], state, run="1/99")
+    assert second.epoch != first.epoch
+    assert (second.generation, second.superseded) == (1, first.epoch)
+    assert ProcMeter([cgroup], state, run="1/99").epoch == second.epoch
+
+
 def test_a_broken_state_counts_nothing_twice(cgroup: Cgroup, burn: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     burner = Burner(cgroup, burn, 50, 20, 1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -217,6 +219,42 @@ def test_quotas_of_a_node(tmp_path: Path) -> None:
         assert post("b", batches.encoded(node="n2")) == 200
 
 
+def test_a_restart_gives_nobody_a_new_day(tmp_path: Path) -> None:
+    tokens = receiving.tokens(tmp_path / "t", {"n1": "a" * 40})
+    receiver = Receiver(tmp_path, tokens_file=str(tokens), quotas={"writers_per_day": 3})
+
+    def post(job: int) -> int:
+        headers = MSGPACK | {"Authorization": f"Bearer {'a' * 40}"}
+        body = batches.encoded(job=job)
+        return requests.post(
+            f"{receiver.url}/v1/batches", body, headers=headers, timeout=10
+        ).status_code
+
+    with receiver:
+        receiver.start()
+        assert [post(1), post(2)] == [200, 200]
+        assert receiver.stop() == 0
+        receiver.start()
+        assert [post(3), post(4), post(1)] == [200, 429, 200]
+        assert receiver.stop() == 0
+        # What cannot be read is said, and stops nobody.
+        (receiver.archive / "quotas.json").write_bytes(b"nonsense")
+        receiver.start()
+        assert post(4) == 200
+        (line,) = [line for line in receiver.lines() if "quotas.json" in line]
+        assert "warning" in line
+        assert "today's quotas begin anew" in line
+
+
+def test_a_file_at_the_socket_s_place_is_left_alone(tmp_path: Path) -> None:
+    place = tmp_path / "http.sock"
+    place.write_text("somebody's")
+    receiver = Receiver(tmp_path, listen=[{"address": f"unix:{place}", "proxy": {}}])
+    with receiver, pytest.raises(AssertionError, match="cannot listen on unix:"):
+        receiver.start()
+    assert place.read_text() == "somebody's"
+
+
 def test_nodes_that_share_one_name_have_quotas_of_their_own(tmp_path: Path) -> None:
     quotas = {"writers_per_day": 1}
     with Receiver(tmp_path, quotas=quotas).start() as receiver:
@@ -291,6 +329,119 @@ def tls(tmp_path: Path, certs: Pki) -> Iterator[Receiver]:
     ]
     with Receiver(tmp_path, listen=listen, tokens_file=None, node_binding=True).start() as made:
         yield made
+
+
+def fingerprint(receiver: Receiver, certs: Pki) -> bytes:
+    """The certificate that the receiver shows."""
+    context = ssl.create_default_context(cafile=str(certs.ca))
+    with (
+        socket.create_connection(("localhost", receiver.ports[0]), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as secured,
+    ):
+        return secured.getpeercert(binary_form=True) or b""
+
+
+def reload(receiver: Receiver) -> None:
+    """SIGHUP, and wait until it is done."""
+    before = sum("read again" in line for line in receiver.lines())
+    os.kill(receiver.pid, signal.SIGHUP)
+    for _ in range(200):
+        if sum("read again" in line for line in receiver.lines()) > before:
+            return
+        time.sleep(0.05)
+    raise AssertionError(receiver.lines())
+
+
+def test_a_request_under_way_is_answered_before_its_connection_ends(
+    tls: Receiver, certs: Pki
+) -> None:
+    context = ssl.create_default_context(cafile=str(certs.ca))
+    context.load_cert_chain(*certs.n2)
+    body = batches.encoded(node="n2", sequence=77)
+    head = f"POST /v1/batches HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head += f"Content-Type: {MSGPACK['Content-Type']}\r\n\r\n"
+    with (
+        socket.create_connection(("localhost", tls.ports[0]), timeout=20) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as secured,
+    ):
+        secured.sendall(head.encode() + body[:10])
+        time.sleep(0.3)  # so that it is being read
+        reload(tls)
+        secured.sendall(body[10:])
+        answer = b""
+        while piece := secured.recv(4096):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.endswith(b'{"status":"stored"}\n')
+
+
+def test_certificates_and_revocations_are_read_again_without_a_restart(
+    tmp_path: Path, certs: Pki
+) -> None:
+    """Rotating them costs no connection that is still good; who is revoked is out at once."""
+    folder = tmp_path / "pki"
+    shutil.copytree(certs.folder, folder)
+    text = (folder / "ca.cnf").read_text()
+    (folder / "ca.cnf").write_text(text.replace(str(certs.folder), str(folder)))
+    pair = [
+        shutil.copy(path, tmp_path / name) for path, name in zip(certs.server, "ck", strict=True)
+    ]
+    crl = tmp_path / "crl"
+    shutil.copy(certs.crl, crl)
+    ca = tmp_path / "clients.pem"
+    shutil.copy(certs.ca, ca)
+    tls = {"certificate": str(pair[0]), "key": str(pair[1]), "client_ca": str(ca), "crl": str(crl)}
+    listen = [{"address": "localhost:0", "tls": tls}]
+    with Receiver(tmp_path, listen=listen, tokens_file=None, node_binding=True).start() as made:
+        url = f"https://localhost:{made.ports[0]}"
+        trusted: dict[str, Any] = {"verify": str(certs.ca)}
+        assert send(url, node="n2", cert=certs.n2, **trusted) == 200
+        with requests.Session() as kept:
+            kept.trust_env = False
+            kept.verify, kept.cert = str(certs.ca), certs.n1
+
+            def post(sequence: int) -> int:
+                body = batches.encoded(node="n1", sequence=sequence)
+                return kept.post(f"{url}/v1/batches", body, headers=MSGPACK, timeout=20).status_code
+
+            assert post(0) == 200
+            shutil.copy(pki.revoke(folder, "ca", certs.n1[0]), crl)
+            assert post(1) == 200, "not read yet"
+            reload(made)
+            with pytest.raises(requests.exceptions.ConnectionError):
+                post(2)
+        assert send(url, cert=certs.n1, **trusted) == 0
+        assert send(url, node="n2", sequence=1, cert=certs.n2, **trusted) == 200
+        # The server's own certificate, and a second authority beside the first.
+        old = fingerprint(made, certs)
+        new = pki.certificate(folder, "ca", "server2", "/CN=x", alternative="DNS:localhost")
+        for path, place in zip(new, pair, strict=True):
+            shutil.copy(path, place)
+        pki.authority(tmp_path, "next")
+        joined = pki.certificate(tmp_path, "next", "n4", "/CN=n4")
+        text = (folder / "ca.cnf").read_text()
+        ca.write_text(certs.ca.read_text() + (tmp_path / "next.pem").read_text())
+        lists = [
+            crl.read_text(),
+            pki.revoke(
+                tmp_path, "next", pki.certificate(tmp_path, "next", "x", "/CN=x")[0]
+            ).read_text(),
+        ]
+        crl.write_text("".join(lists))
+        reload(made)
+        assert fingerprint(made, certs) != old
+        assert send(url, node="n4", cert=joined, **trusted) == 200
+        assert send(url, node="n2", sequence=2, cert=certs.n2, **trusted) == 200
+        # What cannot be used is refused as a whole; what was there before stays.
+        now = fingerprint(made, certs)
+        Path(pair[1]).write_text("no key")
+        reload(made)
+        assert fingerprint(made, certs) == now
+        assert send(url, node="n4", sequence=1, cert=joined, **trusted) == 200
+        (line,) = [line for line in made.lines() if "stays in force" in line]
+        assert "error" in line
+        assert str(pair[1]) in line
+        assert made.stop() == 0
 
 
 def test_mutual_tls_without_a_proxy(tls: Receiver, certs: Pki) -> None:

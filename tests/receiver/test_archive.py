@@ -459,3 +459,21 @@ def test_refuses_what_is_no_archive(tmp_path: Path, manifest: bytes) -> None:
     (tmp_path / reader.MANIFEST).write_bytes(manifest)
     with pytest.raises(ArchiveError):
         Archive.open(tmp_path)
+
+
+def test_an_archive_without_its_manifest_is_not_begun_anew(folder: Path) -> None:
+    with Appender.open(folder, partitions=1) as made:
+        fill(made, PAYLOADS[:10])
+    manifest = (folder / reader.MANIFEST).read_bytes()
+    (folder / reader.MANIFEST).unlink()
+    with pytest.raises(ArchiveError, match=r"segments, but no archive\.json: restore it"):
+        Appender.open(folder, partitions=1)
+    (folder / reader.MANIFEST).write_bytes(manifest)
+    with Appender.open(folder):
+        assert stored(folder) == PAYLOADS[:10]
+
+
+def test_an_archive_is_not_made_where_its_disk_is_not_mounted(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="cannot be written: No such file"):
+        Appender.open(tmp_path / "disk" / "archive")
+    assert not (tmp_path / "disk").exists()

@@ -12,7 +12,7 @@ import yaml
 from receiving import private
 
 from sams_ebpf.errors import UsageError
-from sams_receiver import auth, config, serve
+from sams_receiver import auth, config, listening
 from sams_receiver.metrics import Metrics
 
 GOOD: dict[str, Any] = {
@@ -48,6 +48,10 @@ def test_defaults(tmp_path: Path) -> None:
         ({"listen": [{"address": "127.0.0.1:1", "proxy": {}}]}, "any local user"),
         ({"listen": [{"address": "unix:/x", "mode": "rw"}]}, "write it as '0660'"),
         ({"tokens_file": None}, "nobody could get in"),
+        (
+            {"listen": [{"address": "h:1", "tls": {"certificate": "c", "key": "k", "crl": "l"}}]},
+            r"listen\[0\]\.tls\.crl: without client_ca",
+        ),
         ({"names": [{"match": "(x"}]}, "not a regular expression"),
         ({"names": [{"match": "x"}]}, "has no group"),
         ({"limits": {"batch_bytes": 1 << 40}}, "batch_bytes"),
@@ -94,15 +98,15 @@ def test_refuses_secrets_that_others_can_read(tmp_path: Path) -> None:
 def test_refuses_certificates_that_cannot_be_used(tmp_path: Path) -> None:
     ca = pki.authority(tmp_path, "ca")
     key = tmp_path / "ca.key"
-    serve.tls_context(config.Tls(certificate=ca, key=key, client_ca=ca))
+    listening.tls_context(config.Tls(certificate=ca, key=key, client_ca=ca))
     key.chmod(0o644)
     with pytest.raises(UsageError, match="chmod"):
-        serve.tls_context(config.Tls(certificate=ca, key=key))
+        listening.tls_context(config.Tls(certificate=ca, key=key))
     key.chmod(0o600)
     with pytest.raises(UsageError, match="cannot be used"):
-        serve.tls_context(config.Tls(certificate=key, key=key))
+        listening.tls_context(config.Tls(certificate=key, key=key))
     with pytest.raises(UsageError, match="cannot be used"):
-        serve.tls_context(config.Tls(certificate=ca, key=key, client_ca=tmp_path / "none"))
+        listening.tls_context(config.Tls(certificate=ca, key=key, client_ca=tmp_path / "none"))
 
 
 def test_names_must_fit_as_a_whole() -> None:

@@ -87,7 +87,8 @@ def jobs(site: Site) -> Jobs:
     return Jobs(site)
 
 
-# A scheduler's tick: 4 ms at HZ=250, as Debian's and this kernel's.
+# A scheduler's tick (4 ms at HZ=250, as Debian's and this kernel's): what a slurmstepd that moves
+# itself may leave on the wrong side (docs/kernel-side.md, "Not closed here").
 TICK_NS = 4_000_000
 
 
@@ -112,15 +113,11 @@ def check(run: Run, figures: dict[str, int], *, slack_ns: int = 0) -> None:
     assert all(b"slurmstepd" in r.path for r in outside)
     assert ledger.attributed_cpu_ns == sum(r.cpu_ns for r in last.records if r not in outside)
     if ledger.cgroup_cpu_ns is not None:
-        # slurmstepd moves itself in and out: up to a tick per move goes to the wrong side of
-        # the boundary (docs/kernel-side.md, "Not closed here").
-        allowed = max(ledger.cgroup_cpu_ns // 1000, 1_000_000) + TICK_NS * (
-            (last.processes.moved_in or 0) + (last.processes.moved_out or 0)
-            if last.processes is not None
-            else 0
-        )
+        # Slurm removes the cgroup before the last batch, so the reading is mostly older than the
+        # totals and can only be too small. What the two say at one moment is compared while a
+        # job is there: test_node.py.
+        allowed = max(ledger.cgroup_cpu_ns // 1000, 1_000_000) + TICK_NS
         assert ledger.attributed_cpu_ns >= ledger.cgroup_cpu_ns - allowed
-        # Older than the totals, the reading lacks what came after it.
         assert ledger.age_ns or ledger.attributed_cpu_ns <= ledger.cgroup_cpu_ns + allowed
     processes = last.processes
     assert processes is not None

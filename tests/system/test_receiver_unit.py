@@ -61,6 +61,12 @@ def test_serves_as_its_own_user_and_stops_in_good_order(server: Machine) -> None
     assert status.split() == ["sams-receiver", "660"]
     for expected in ('{"status":"stored"}', '{"status":"duplicate"}'):
         assert server.run([sys.executable, "-c", POST]).stdout.strip() == expected
+    server.systemctl("reload", "sams-receiver")
+    testbed.wait_for(
+        "the reload",
+        lambda: any("read again" in line for line in server.journal("-u", "sams-receiver")),
+    )
+    assert server.run([sys.executable, "-c", POST]).stdout.strip() == '{"status":"duplicate"}'
     # Whoever is not in its group does not get as far as the socket.
     denied = server.run([sys.executable, "-c", POST], user="nobody", check=False)
     assert "PermissionError" in denied.stderr

@@ -312,13 +312,20 @@ class Appender:
         Raises ArchiveError.
         """
         try:
-            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+            # Not its parents: where a disk is not mounted, another one must not fill up.
+            folder.mkdir(mode=0o750, exist_ok=True)
             lock = _lock(folder)
         except OSError as error:
             raise ArchiveError(f"{folder}: cannot be written: {error.strerror}") from error
         try:
             if not (folder / reader.MANIFEST).exists():
+                if any(folder.glob("p[0-9][0-9][0-9][0-9]")):
+                    raise ArchiveError(
+                        f"{folder}: segments, but no {reader.MANIFEST}: restore it; with a new"
+                        " one they could not be read any more"
+                    )
                 _make_manifest(folder, partitions)
+                log.warning("%s: a new archive was made, there was none", folder)
             archive = reader.Archive.open(folder)
             aside = Aside(folder / "aside", aside_bytes)
             writers = [

@@ -6,7 +6,6 @@ whatever became of the ones before, and what went wrong stands in the results.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ SAMS = PRODUCT / "bin/sams-ebpf"
 RECEIVER = PRODUCT / "bin/sams-receiver"
 UNPACKED = Path("/root/unpacked")
 PROGRAMS = Path("/root/programs")
-V1 = Path("/sys/fs/cgroup/cpuacct")
 CONFIG = Path("/etc/sams-ebpf/config.yaml")
 SPOOL = Path("/var/spool/sams-ebpf")
 ARCHIVE = Path("/var/lib/sams-receiver/archive")
@@ -249,9 +247,10 @@ def _job_cgroup(layout: str) -> Path:
     return Path("/sys/fs/cgroup/system.slice/slurmstepd.scope/job_4711")
 
 
-# What runs in one go: jobs of the same options share one set of programs, which a job beside
-# them keeps in the kernel, so that it is loaded (and compiled) once for all of them. Cases
-# whose options differ each load their own.
+# What runs in one go: a set of programs that was loaded to stay serves jobs of any options, so
+# it is loaded (and compiled) once for all of them. Cases whose own options matter run without
+# one, and with libbpf only: a collector compiles nothing. The test that compares both loaders
+# puts another set in the place of the one that stays, so it comes last.
 LEDGER, SPLIT, BOTH = (f"tests/kernel/test_{name}.py" for name in ("ledger", "split", "loaders"))
 ALIKE = "not quota_too_small and not map_too_small"
 STAGES: dict[str, tuple[bool | None, list[str]]] = {  # exact or not, and what is run
@@ -266,16 +265,15 @@ def tests(share: Path, row: dict[str, Any], loader: str, stage: str) -> dict[str
     """Run the kernel tests with one loader."""
     os.environ["PYTHONPATH"] = str(UNPACKED)
     exact, chosen = STAGES[stage]
-    with contextlib.ExitStack() as stack:
-        if exact is not None:
-            stack.enter_context(_kept(share, loader, exact=exact, scale=row["scale"]))
-        # With BCC loaded, the test that compares both loaders needs libbpf only.
-        chosen = [word for word in chosen if loader == "bcc" or word != BOTH]
-        found = _pytest(share, row, stage, chosen, loader)
-        if exact is not None:
-            sets = json.loads(call(*SOURCE, "status", "--json"))["programs"]["sets"]
-            kept = next(one for one in sets if one["loader"] == loader)
-            found |= {key: kept[key] for key in ("events", "cost_ns")}
+    # With BCC loaded, the test that compares both loaders needs libbpf only.
+    chosen = [word for word in chosen if loader == "bcc" or word != BOTH]
+    if exact is not None:
+        _load(loader, exact=exact, scale=row["scale"])
+    found = _pytest(share, row, stage, chosen, loader)
+    for one in json.loads(call(*SOURCE, "status", "--json"))["programs"]["sets"]:
+        if one["loader"] == loader:
+            found |= {key: one[key] for key in ("events", "cost_ns")}
+    call(*SOURCE, "unload")
     return found
 
 
@@ -286,37 +284,14 @@ def tests_without_bpf(share: Path, row: dict[str, Any]) -> dict[str, Any]:
     return _pytest(share, row, "proc", ["tests/kernel/test_procfs.py", "-k", f"not {other}"])
 
 
-@contextlib.contextmanager
-def _kept(share: Path, loader: str, *, exact: bool, scale: int) -> Iterator[None]:
-    """Keep a set of programs in the kernel by a job that does nothing."""
-    folder = Path("/root/kept")
-    job = Path(f"/sys/fs/cgroup/{'cpuacct/' if V1.is_dir() else ''}kept")
-    for each in (folder, folder / "spool", job):
-        each.mkdir()
+def _load(loader: str, *, exact: bool, scale: int) -> None:
+    """Load the set that stays."""
+    CONFIG.parent.mkdir(exist_ok=True)
     collector: dict[str, Any] = {"loader": loader, "exact": exact, "mode": "bpf"}
-    collector |= {"state": str(folder), "interval_s": 3600, "grace_period_s": 86400}
     if scale > 1:
         collector["programs_limit_percent"] = 100
-    config = folder / "config.yaml"
-    spool = {"folder": str(folder / "spool"), "keep_free_bytes": 0}
-    config.write_text(json.dumps({"collector": collector, "spool": spool}))
-    words = ("collect", "--jobid", "4712", "--cgroup", job, "--config", config)
-    with (share / "kept.log").open("w") as log:
-        process = subprocess.Popen([*map(str, (*SOURCE, *words))], stdout=log, stderr=log)
-    pinned = Path("/sys/fs/bpf/sams-ebpf")
-    try:
-        wait_for(
-            f"a set loaded with {loader}",
-            lambda: (
-                process.poll() is not None
-                or any(not one.name.endswith("-new") for one in pinned.glob("*"))
-            ),
-            LIMIT_S,
-        )
-        yield
-    finally:
-        process.terminate()
-        process.wait(60)
+    CONFIG.write_text(json.dumps({"collector": collector}))
+    call(*SOURCE, "load", "--config", CONFIG)
 
 
 def _pytest(

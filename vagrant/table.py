@@ -11,9 +11,12 @@ from sams_ebpf import settings
 from sams_ebpf.errors import UsageError
 
 PATH = Path(__file__).with_name("kernels.yaml")
-# Of the ledger and split tests: the default set-up, the exact one, and cases with options. BCC
-# compiles for minutes in these machines, so there each stage has one of its own.
-STAGES = (("split", "default"), ("exact",), ("small",))
+# Of the ledger and split tests, what runs in one machine (see guest.py). BCC compiles for minutes
+# in these machines, so there each stage has one of its own.
+STAGES = {
+    "libbpf": (("split", "default"), ("exact",), ("small",)),
+    "bcc": (("split",), ("default",), ("exact",)),
+}
 
 
 class Expect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,7 +70,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if not self.expect.loaders:
             found["proc"] = ["unpack", "tests-proc"]
         for loader in self.expect.loaders:
-            for stages in STAGES if loader == "libbpf" else [(x,) for y in STAGES for x in y]:
+            for stages in STAGES[loader]:
                 steps = [f"tests-{loader}-{stage}" for stage in stages]
                 found[f"{loader}-{stages[-1]}"] = ["unpack", *steps]
         return found

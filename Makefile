@@ -68,9 +68,9 @@ apt-bench:
 bench: setup apt-test apt-bench bpf-objects
 	PYTHONPATH=tests/support $(BIN)/python -m bench $(BENCH)
 
-## soak     the long repetitions: hours, and to be run before a release
+## soak     the long repetitions: hours, and to be run before a release (SOAK="path -k …": only these)
 soak: setup apt-test bpf-objects
-	$(PYTEST) -m soak --timeout 3600
+	$(PYTEST) -m soak --timeout 3600 --durations 0 --durations-min 1 $(SOAK)
 
 ## test-vm  boot the kernels of vagrant/kernels.yaml, write docs/kernels.md (VM="row …": only these)
 .PHONY: apt-vm

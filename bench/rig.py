@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import workloads
 from groups import Hierarchy
-from jobs import Job, Options, SetUp
+from jobs import COLLECTOR, Job, Options, SetUp
 
 from bench import bpfstats
 
@@ -22,15 +22,21 @@ NAMES: dict[Case, str] = {None: "without", "default": "default set-up", "exact":
 
 
 class Rig:
-    """A folder with the compiled workloads, and jobs in it."""
+    """A folder with the compiled workloads, and jobs in it; program: the collector's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, program: Sequence[str] = COLLECTOR) -> None:
         self.folder = folder
+        self.program = program
         self.programs = workloads.compile_all(folder / "programs")
         self._jobs = 0
 
     def job(
-        self, setup: Case = "default", *, hierarchy: Hierarchy = "v2", interval_s: float = 3600
+        self,
+        setup: Case = "default",
+        *,
+        hierarchy: Hierarchy = "v2",
+        interval_s: float = 3600,
+        mode: str = "bpf",
     ) -> Job:
         """Make a job with a collector of that set-up on it, or without one for None."""
         self._jobs += 1
@@ -38,7 +44,9 @@ class Rig:
             self.folder / f"job-{self._jobs}",
             self.programs,
             hierarchy,
-            options=Options(setup=setup or "default", interval_s=interval_s),
+            options=Options(
+                setup=setup or "default", interval_s=interval_s, mode=mode, program=self.program
+            ),
             job_id=self._jobs,
             collected=setup is not None,
         )
@@ -51,10 +59,10 @@ class Rig:
 
 
 @contextmanager
-def rig() -> Iterator[Rig]:
+def rig(program: Sequence[str] = COLLECTOR) -> Iterator[Rig]:
     """Set up, and clean up."""
     with tempfile.TemporaryDirectory(prefix="sams-bench-") as folder:
-        yield Rig(Path(folder))
+        yield Rig(Path(folder), program)
 
 
 def interleaved(

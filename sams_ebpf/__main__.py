@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 
@@ -14,7 +15,7 @@ def main() -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGTERM, signal.SIGINT))
     from sams_ebpf import cli, program  # noqa: PLC0415 - after the line above
 
-    return program.run(cli.build)
+    return program.run(functools.partial(cli.build, sys.argv[1] if sys.argv[1:] else ""))
 
 
 if __name__ == "__main__":

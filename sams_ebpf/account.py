@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
+import os
 from typing import Final
 
 from sams_ebpf import layout, wire
 
-_PAGE: Final = resource.getpagesize()
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 def split(cpu_ns: int, utime_ns: int, stime_ns: int, before: tuple[int, int]) -> tuple[int, int]:

@@ -296,8 +296,8 @@ def _number(path: str) -> int | None:
 def _text(path: str) -> str | None:
     # ENODEV: removed between open and read.
     try:
-        with open(path, encoding="ascii") as file:
-            return file.read()
+        with open(path, "rb", buffering=0) as file:
+            return file.read().decode("ascii")
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP, errno.ENOTDIR):
             return None

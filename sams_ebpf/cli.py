@@ -1,7 +1,8 @@
 """Commands and options of `sams-ebpf`; each command lives in a module of its own.
 
-A command module is imported only when its command is chosen: a collector that runs
-beside every job does not carry the shipper's HTTP client.
+A command module is imported only when its command is chosen, and only that command's
+parser is made: a collector that runs beside every job does not carry the shipper's HTTP
+client, nor wait for the options of a dozen other commands.
 """
 
 from __future__ import annotations
@@ -10,64 +11,72 @@ import argparse
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
+PROGRAM = "sams-ebpf"
 CONFIG = "/etc/sams-ebpf/config.yaml"
 
 
-def build() -> argparse.ArgumentParser:
-    """Make the parser of all commands."""
+def build(chosen: str = "") -> argparse.ArgumentParser:
+    """Make the parser of one command, if that is what was chosen, or of all."""
     parser = argparse.ArgumentParser(
-        prog="sams-ebpf", description="Exact CPU accounting per executable for HPC jobs."
+        prog=PROGRAM, description="Exact CPU accounting per executable for HPC jobs."
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _run(commands.add_parser("run", help="run a command and show where its CPU time went"))
-    _collect(commands.add_parser("collect", help="measure one job on this node until it ends"))
-    dump = commands.add_parser("dump", help="show batches as JSON lines")
-    dump.add_argument("files", nargs="+", metavar="FILE", help="a batch file, or - for stdin")
-    dump.set_defaults(handler=_later("sams_ebpf.dump"))
-    check = commands.add_parser("check-config", help="check a configuration file and exit")
-    _config(check)
-    check.set_defaults(handler=_later("sams_ebpf.check_config"))
-    ship = commands.add_parser(
-        "ship",
-        help="send the spool to the receivers",
-        description="Send what waits in this node's spool to the configured receivers, and "
-        "delete what all of them have. Runs until SIGTERM; needs no privileges but the spool.",
+    commands = parser.add_subparsers(
+        prog=PROGRAM, title="commands", metavar="COMMAND", required=True
     )
-    _config(ship)
-    ship.add_argument("--once", action="store_true", help="try each batch once, then exit")
-    ship.set_defaults(handler=_later("sams_ebpf.ship"))
-    _units(commands.add_parser("install-units", help="put systemd units and Slurm hooks in place"))
-    probe = commands.add_parser(
-        "probe",
-        help="show what this host can do",
-        description="Try what this host can do, feature by feature, and show how a job would "
-        "be measured here and why each better way would not be used. Loads the programs for "
-        "a moment; leaves nothing behind.",
-    )
-    probe.add_argument("--json", action="store_true", help="one JSON object, for programs")
-    probe.set_defaults(handler=_later("sams_ebpf.probe"))
-    _status(commands.add_parser("status", help="show jobs, spool and programs of this node"))
-    _node(commands)
+    for name in [chosen] if chosen in _COMMANDS else _COMMANDS:
+        describe, summary = _COMMANDS[name]
+        describe(commands.add_parser(name, help=summary))
     return parser
 
 
-def _node(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    load = commands.add_parser(
-        "load",
-        help="load the node's programs, to stay until unload",
-        description="Load the accounting programs at a node's boot: every job is then counted "
-        "from its first process on. Closes the accounts that the last boot left open.",
+def _dump(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a batch file, or - for stdin")
+    parser.set_defaults(handler=_later("sams_ebpf.dump"))
+
+
+def _check_config(parser: argparse.ArgumentParser) -> None:
+    _config(parser)
+    parser.set_defaults(handler=_later("sams_ebpf.check_config"))
+
+
+def _ship(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Send what waits in this node's spool to the configured receivers, and delete what "
+        "all of them have. Runs until SIGTERM; needs no privileges but the spool."
     )
-    _config(load)
-    load.set_defaults(handler=_later("sams_ebpf.node", "load"))
-    unload = commands.add_parser(
-        "unload", help="kill switch: take all accounting programs out of the kernel now"
+    _config(parser)
+    parser.add_argument("--once", action="store_true", help="try each batch once, then exit")
+    parser.set_defaults(handler=_later("sams_ebpf.ship"))
+
+
+def _probe(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Try what this host can do, feature by feature, and show how a job would be measured "
+        "here and why each better way would not be used. Loads the programs for a moment; "
+        "leaves nothing behind."
     )
-    unload.set_defaults(handler=_later("sams_ebpf.node", "unload"))
-    gc = commands.add_parser("gc", help="remove programs that nobody needs any more")
-    _config(gc)
-    gc.set_defaults(handler=_later("sams_ebpf.node", "gc"))
+    parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    parser.set_defaults(handler=_later("sams_ebpf.probe"))
+
+
+def _load(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Load the accounting programs at a node's boot: every job is then counted from its "
+        "first process on. Closes the accounts that the last boot left open."
+    )
+    _config(parser)
+    parser.set_defaults(handler=_later("sams_ebpf.node", "load"))
+
+
+def _unload(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=_later("sams_ebpf.node", "unload"))
+
+
+def _gc(parser: argparse.ArgumentParser) -> None:
+    _config(parser)
+    parser.set_defaults(handler=_later("sams_ebpf.node", "gc"))
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
@@ -189,3 +198,19 @@ def _later(module: str, function: str = "command") -> Callable[[argparse.Namespa
         return command(arguments)
 
     return handler
+
+
+# In the order in which help shows them.
+_COMMANDS: Final[dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]]] = {
+    "run": (_run, "run a command and show where its CPU time went"),
+    "collect": (_collect, "measure one job on this node until it ends"),
+    "dump": (_dump, "show batches as JSON lines"),
+    "check-config": (_check_config, "check a configuration file and exit"),
+    "ship": (_ship, "send the spool to the receivers"),
+    "install-units": (_units, "put systemd units and Slurm hooks in place"),
+    "probe": (_probe, "show what this host can do"),
+    "status": (_status, "show jobs, spool and programs of this node"),
+    "load": (_load, "load the node's programs, to stay until unload"),
+    "unload": (_unload, "kill switch: take all accounting programs out of the kernel now"),
+    "gc": (_gc, "remove programs that nobody needs any more"),
+}

@@ -6,6 +6,7 @@ import argparse
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sams_ebpf import (
     cgroups,
@@ -22,8 +23,10 @@ from sams_ebpf import (
 from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.errors import PartialError, UsageError
 from sams_ebpf.opening import Opener
-from sams_ebpf.procfs import ProcMeter
 from sams_ebpf.tracing import BpfMeter
+
+if TYPE_CHECKING:
+    from sams_ebpf.procfs import ProcMeter
 
 # Sampling reads other users' processes; the spool belongs to the shipper's group.
 _KEPT = ("CAP_DAC_OVERRIDE", "CAP_SETUID")
@@ -244,7 +247,7 @@ class Collector:
             _log.warning("%s; the batch in the spool has it all", error)
 
     def _give_up_privileges(self, meter: BpfMeter | ProcMeter) -> None:
-        if isinstance(meter, ProcMeter):
+        if isinstance(meter, BpfMeter):
+            privileges.drop_all_but_needed(meter.works, keep=_KEPT, candidates=_MAYBE_KEPT)
+        else:
             privileges.drop(_KEPT_TO_SAMPLE)
-            return
-        privileges.drop_all_but_needed(meter.works, keep=_KEPT, candidates=_MAYBE_KEPT)

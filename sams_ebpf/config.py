@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,7 +42,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def node_name(self) -> str:
         """Name of this node: as configured, as slurmd calls it, or the short host name."""
-        return self.node or os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+        return self.node or os.environ.get("SLURMD_NODENAME") or os.uname().nodename.split(".")[0]
 
 
 class SamsJson(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

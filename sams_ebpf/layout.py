@@ -79,6 +79,8 @@ class Total(NamedTuple):
 
 
 TOTAL: Final = struct.Struct(f"<{_COUNTERS}Q")
+_EXECS: Final = 8 * Counters._fields.index("execs")
+NO_COUNTERS: Final = bytes(struct.calcsize(f"<{_COUNTERS}"))
 
 
 class Name(NamedTuple):
@@ -178,6 +180,12 @@ def total(data: bytes) -> Total:
     """Unpack a struct sams_total."""
     values = TOTAL.unpack(data)
     return Total(Counters._make(values[:13]), values[13])
+
+
+def execs(data: bytes) -> int:
+    """Give this one counter of a struct sams_total."""
+    found: int = U64.unpack_from(data, _EXECS)[0]
+    return found
 
 
 def name(data: bytes) -> Name:

@@ -55,6 +55,14 @@ def forget(state: Path, epoch: bytes) -> None:
     _place(state, epoch).unlink(missing_ok=True)
 
 
+def claims(state: Path, epoch: bytes) -> wire.Claims | None:
+    """What the newest batch of an open epoch said of its job; None where there is none."""
+    try:
+        return wire.decode_header(_place(state, epoch).read_bytes()).claims
+    except (OSError, wire.WireError):
+        return None
+
+
 def open_batches(state: Path) -> list[tuple[Path, wire.Header]]:
     """Give the newest batch of every open epoch; what cannot be read is logged and left."""
     found = []

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sams_ebpf import bpf, cgroups, host, layout, probe, programs, slots
 from sams_ebpf.cgroups import Cgroup, Hierarchy
 from sams_ebpf.config import Collector
 from sams_ebpf.errors import NotPossibleError, UsageError
 from sams_ebpf.host import Attempt
-from sams_ebpf.procfs import ProcMeter
 from sams_ebpf.programs import Options, ProgramSet
 from sams_ebpf.tracing import BpfMeter
+
+if TYPE_CHECKING:
+    from sams_ebpf.procfs import ProcMeter
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +63,11 @@ def private(cgroup: Cgroup, *, mode: Mode, loader: Loader, exact: bool) -> BpfMe
         return BpfMeter(own, slots.take(own, cgroup), cgroup, let_go=let_go)
 
     _, meter = choose(use, mode, loader)
-    return meter or ProcMeter([cgroup])
+    if meter is not None:
+        return meter
+    from sams_ebpf.procfs import ProcMeter  # noqa: PLC0415 (not where the kernel side counts)
+
+    return ProcMeter([cgroup])
 
 
 def options_of(settings: Collector, hierarchy: Hierarchy, node: str) -> Options:

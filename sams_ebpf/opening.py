@@ -12,15 +12,17 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from sams_ebpf import bpf, cgroups, config, envfile, host, layout, meters, pins, probe, slots
 from sams_ebpf.cgroups import Cgroup, Hierarchy
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Attempt, Choice
-from sams_ebpf.procfs import ProcMeter
 from sams_ebpf.programs import ProgramSet
 from sams_ebpf.tracing import BpfMeter
+
+if TYPE_CHECKING:
+    from sams_ebpf.procfs import ProcMeter
 
 # How long a job's earlier collector, told to end, may take for its last batch.
 HANDOVER_S: Final = 10.0
@@ -78,6 +80,8 @@ class Opener:
 
         run: what tells this run from others of the same instance, "" if nothing does.
         """
+        from sams_ebpf.procfs import ProcMeter  # noqa: PLC0415 (5 ms that few nodes need)
+
         settings = self._site.collector
         file = settings.state / f"proc-{instance}.json"
         quota = settings.executables_per_job
@@ -144,7 +148,7 @@ class Opener:
         After an upgrade it may be in an older one.
         """
         ours = []
-        for folder in pins.folders():
+        for folder in filter(pins.is_readable, pins.folders()):
             try:
                 used = pins.open_set(folder)
             except bpf.BpfError as error:

@@ -288,14 +288,16 @@ class Outbox:
 
     def clean(self) -> None:
         """Remove temporary files whose writers were killed."""
-        with os.scandir(self.folder) as files:
-            for file in files:
-                match = _TEMPORARY.fullmatch(file.name)
-                if match is None or _alive(int(match[1])):
-                    continue
-                with contextlib.suppress(OSError):
-                    if time.time() - file.stat(follow_symlinks=False).st_mtime > _TEMPORARY_AGE_S:
-                        (self.folder / file.name).unlink()
+        for folder in (self.folder, self._rejected_folder, self._own):
+            with os.scandir(folder) as files:
+                for file in files:
+                    match = _TEMPORARY.fullmatch(file.name)
+                    if match is None or _alive(int(match[1])):
+                        continue
+                    with contextlib.suppress(OSError):
+                        written_s = file.stat(follow_symlinks=False).st_mtime
+                        if time.time() - written_s > _TEMPORARY_AGE_S:
+                            Path(file.path).unlink()
 
     def close(self) -> None:
         """Give the spool back."""

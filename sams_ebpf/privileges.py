@@ -54,11 +54,12 @@ def drop(keep: Iterable[str] = ()) -> frozenset[str]:
     Gives the names of those that are left: no more than there were. Raises OSError.
     """
     wanted = _bits(keep)
-    for number in range(int(_LAST.read_text()) + 1):
-        # Needs CAP_SETPCAP: without it nothing of the set can be had by exec either, for
-        # no_new_privs is set below, and permitted only shrinks.
-        if not wanted >> number & 1 and "CAP_SETPCAP" in effective():
-            _prctl(_PR_CAPBSET_DROP, number)
+    # Needs CAP_SETPCAP: without it nothing of the set can be had by exec either, for
+    # no_new_privs is set below, and permitted only shrinks.
+    if "CAP_SETPCAP" in effective():
+        for number in range(int(_LAST.read_text()) + 1):
+            if not wanted >> number & 1:
+                _prctl(_PR_CAPBSET_DROP, number)
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     left = wanted & _sets()["CapPrm"]

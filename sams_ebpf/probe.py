@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import errno
 import importlib
-import importlib.util
 import os
 import platform
 import re
@@ -198,6 +197,8 @@ def _bcc() -> Attempt:
     """BCC of the distribution; the `bcc` of PyPI is something else."""
     folders = ["/usr/lib/python3/dist-packages", "/usr/lib/python3/site-packages"]
     folders += [f"/usr/lib/python{platform.python_version().rpartition('.')[0]}/site-packages"]
+    import importlib.util  # noqa: PLC0415 (a collector decides as well, and seldom asks this)
+
     spec = importlib.util.find_spec("bcc")
     if spec is not None and spec.origin is not None:
         folders.insert(0, str(Path(spec.origin).parent.parent))

@@ -19,16 +19,15 @@ from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.programs import ProgramSet
 
 _INDEX: Final = 0xFFF
+_USED: Final = layout.U32.pack(layout.SLOT_USED)
 # Maps whose keys begin with the slot's id.
 _ROWS: Final = ("totals", "splits", "names", "chains")
 
 
 def used(programs: ProgramSet) -> Iterator[layout.Slot]:
     """Yield every slot in use."""
-    slots = programs.maps["slots"]
-    for index in range(layout.SLOTS):
-        data = slots.lookup(layout.U32.pack(index))
-        if data is not None and data[4:8] == b"\1\0\0\0":
+    for data in programs.maps["slots"].array(layout.SLOTS):
+        if data[4:8] == _USED:
             yield layout.slot(data)
 
 
@@ -126,20 +125,19 @@ def kernel_path(cgroup: Cgroup) -> bytes:
     return os.fsencode(f"{top}{cgroup.path}")
 
 
-def names(programs: ProgramSet, slot: layout.Slot) -> list[tuple[bytes, bytes]]:
-    """Give key and value of all rows of totals of a slot, those without a name as well."""
-    totals = programs.maps["totals"]
+def totals(programs: ProgramSet, slot_id: int) -> list[tuple[int, bytes]]:
+    """Give index and value of all totals of a slot, those without a name as well."""
+    lookup = programs.maps["totals"].lookup
     found = []
     index = misses = 0
     # Two CPUs that make a row at once may leave `names` behind by a few, see new_total().
     while misses < 8:
-        key = layout.TOTAL_KEY.pack(slot.id, index)
-        data = totals.lookup(key)
+        data = lookup(layout.TOTAL_KEY.pack(slot_id, index))
         if data is None:
             misses += 1
         else:
             misses = 0
-            found.append((key, data))
+            found.append((index, data))
         index += 1
     return found
 

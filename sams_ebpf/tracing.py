@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from sams_ebpf import account, bpf, cgroups, layout, slots, wire
 from sams_ebpf.cgroups import Cgroup
@@ -20,6 +20,18 @@ _HARVEST_TRIES: Final = 3
 _TICK_NS: Final = 4_000_000
 _OVERFLOW: Final = layout.Name(wire.OVERFLOW, b"", b"")
 _OVERFLOW_OUTSIDE: Final = layout.Name(wire.OVERFLOW | wire.OUTSIDE, b"", b"")
+
+
+class _Reading(NamedTuple):
+    """All that the kernel side has of a job at one moment.
+
+    totals: index and bytes of those that were ever charged. claim: with the kernel's own
+    counter as of then.
+    """
+
+    slot: layout.Slot
+    totals: list[tuple[int, bytes]]
+    claim: layout.Claim
 
 
 class BpfMeter:
@@ -49,8 +61,10 @@ class BpfMeter:
         self._counter = cgroups.counter(cgroup, cgroups.mounted()) if cgroup.exists() else cgroup
         self._let_go = let_go
         self._run_ended_ns: int | None = None
-        self._names: dict[int, layout.Name] = {}
-        self._splits: dict[int, tuple[int, int]] = {}
+        # By index. Most executables of a job do nothing between two harvests: a name stands
+        # beside the number of execs there had been, a record beside the total it was made of.
+        self._names: dict[int, tuple[int, layout.Name]] = {}
+        self._records: dict[int, tuple[bytes, wire.Record]] = {}
         self._claim = slots.claim(programs, slot)
         self.generation = self._claim.generation
         self.begin_ns = self._claim.begin_ns
@@ -59,33 +73,34 @@ class BpfMeter:
 
     def _settle_what_was_before(self) -> None:
         """Note the CPU of before the take-up: what the counter has and the tasks have not."""
-        attributed = self._inside(self._settled(_TRIES, enough_ns=0))
+        attributed = self._inside(self._settled(_TRIES, enough_ns=0).totals)
         self._claim = self._claim._replace(before_ns=max(0, self._claim.last_ns - attributed))
         slots.set_claim(self._programs, self._claim)
 
-    def _settled(self, tries: int, *, enough_ns: int) -> list[tuple[int, layout.Total]]:
-        """Settle all tasks and read their totals and the kernel's counter as of one moment.
+    def _settled(self, tries: int, *, enough_ns: int) -> _Reading:
+        """Settle all tasks and read what they were charged as of one moment.
 
         What runs meanwhile moves both on, at ticks and whenever a clock is read: of a few
         tries the one that was disturbed least counts, or the first by no more than
         `enough_ns`.
         """
-        least = None
-        rows: list[tuple[int, layout.Total]] = []
-        claim = self._claim
-        for _ in range(tries):
+        best: tuple[int, _Reading] | None = None
+        while True:
             self.read_counter()
             earlier = self._claim.last_ns
             self._settle()
-            found = self._rows()
+            totals = self._totals()
+            slot = slots.read(self._programs, self._id)
+            if slot is None:
+                raise bpf.BpfError(f"slot {self._id:#x}: released by somebody else")
             self.read_counter()
             disturbed = self._claim.last_ns - earlier
-            if least is None or disturbed < least:
-                least, rows, claim = disturbed, found, self._claim
-            if disturbed <= enough_ns:
-                break
-        self._claim = claim
-        return rows
+            if best is None or disturbed < best[0]:
+                best = disturbed, _Reading(slot, totals, self._claim)
+            tries -= 1
+            if disturbed <= enough_ns or not tries:
+                self._claim = best[1].claim
+                return best[1]
 
     def read_counter(self) -> None:
         """Read the kernel's counter of the job's cgroup, if it is there; the last one is kept.
@@ -161,16 +176,14 @@ class BpfMeter:
 
     def harvest(self) -> Snapshot:
         """Settle every live task, then read all totals and the kernel's counter."""
-        rows = self._settled(_HARVEST_TRIES, enough_ns=_TICK_NS)
-        slot = slots.read(self._programs, self._id)
-        if slot is None:
-            raise bpf.BpfError(f"slot {self._id:#x}: released by somebody else")
-        slots.set_claim(self._programs, self._claim)
-        records = [self._record(index, total) for index, total in rows]
+        slot, totals, claim = self._settled(_HARVEST_TRIES, enough_ns=_TICK_NS)
+        slots.set_claim(self._programs, claim)
+        records = [self._record(index, data) for index, data in totals]
         records += [
-            account.record(name, counters, self._splits.get(-1 - which, (0, 0)))
-            for which, (name, counters) in enumerate(
-                ((_OVERFLOW, slot.overflow), (_OVERFLOW_OUTSIDE, slot.overflow_outside))
+            account.record(name, counters, (0, 0))
+            for name, counters in (
+                (_OVERFLOW, slot.overflow),
+                (_OVERFLOW_OUTSIDE, slot.overflow_outside),
             )
             if any(counters)
         ]
@@ -181,7 +194,7 @@ class BpfMeter:
             unattributed_by={"before_attach": self._claim.before_ns}
             if self._claim.before_ns
             else {},
-            lost=self._lost(slot, rows),
+            lost=self._lost(slot, totals),
             processes=wire.Processes(
                 forks=slot.forks,
                 adopted=slot.adopted,
@@ -199,47 +212,51 @@ class BpfMeter:
             if row is not None and row.startswith(bytes(4)):  # not taken by a new task since
                 tasks.delete(key)
 
-    def _rows(self) -> list[tuple[int, layout.Total]]:
-        slot = slots.read(self._programs, self._id)
-        if slot is None:
-            return []
-        found = []
-        for key, data in slots.names(self._programs, slot):
-            total = layout.total(data)
-            index = layout.TOTAL_KEY.unpack(key)[1]
-            # A row that two CPUs made at once for one path has no name and no charge.
-            if self._name(index, total.hash) is not None and any(total.counters):
-                found.append((index, total))
-        return found
+    def _totals(self) -> list[tuple[int, bytes]]:
+        # A row that two CPUs made at once for one path has no name and no charge.
+        return [
+            (index, data)
+            for index, data in slots.totals(self._programs, self._id)
+            if not data.startswith(layout.NO_COUNTERS) and self._name(index, data) is not None
+        ]
 
-    def _name(self, index: int, hash_: int) -> layout.Name | None:
-        known = self._names.get(index)
-        if known is None or (known.path and not known.script):
-            data = self._programs.maps["names"].lookup(layout.NAME_KEY.pack(self._id, 0, hash_))
-            if data is None or layout.U32.unpack_from(data)[0] != index:
+    def _name(self, index: int, data: bytes) -> layout.Name | None:
+        """Give the name of a total that has these bytes now; None if it has none."""
+        seen, known = self._names.get(index, (0, None))
+        execs = layout.execs(data)
+        # A script is noted in the name before its exec is counted in the total.
+        if known is None or (known.path and not known.script and seen != execs):
+            key = layout.NAME_KEY.pack(self._id, 0, layout.total(data).hash)
+            name = self._programs.maps["names"].lookup(key)
+            if name is None or layout.U32.unpack_from(name)[0] != index:
                 return None
-            known = self._names[index] = layout.name(data)
+            known = layout.name(name)
+            self._names[index] = execs, known
         return known
 
-    def _record(self, index: int, total: layout.Total) -> wire.Record:
+    def _record(self, index: int, data: bytes) -> wire.Record:
+        made_of, known = self._records.get(index, (b"", None))
+        if known is not None and made_of == data:
+            return known
         key = layout.TOTAL_KEY.pack(self._id, index)
-        before = self._splits.get(index)
-        if before is None:
-            data = self._programs.maps["splits"].lookup(key)
-            before = (0, 0) if data is None else layout.SPLIT.unpack(data)
-        made = account.record(self._names[index], total.counters, before)
-        now = (made.user_ns or 0, made.system_ns or 0)
-        self._splits[index] = now
+        if known is not None:
+            before = known.user_ns or 0, known.system_ns or 0
+        else:
+            kept = self._programs.maps["splits"].lookup(key)
+            before = (0, 0) if kept is None else layout.SPLIT.unpack(kept)
+        made = account.record(self._names[index][1], layout.total(data).counters, before)
+        self._records[index] = data, made
+        now = made.user_ns or 0, made.system_ns or 0
         if now != before:
             with contextlib.suppress(bpf.BpfError):  # full: the split may shrink at a restart
                 self._programs.maps["splits"].update(key, layout.SPLIT.pack(*now))
         return made
 
-    def _inside(self, rows: list[tuple[int, layout.Total]]) -> int:
+    def _inside(self, totals: list[tuple[int, bytes]]) -> int:
         return sum(
-            total.counters.cpu_ns
-            for index, total in rows
-            if not self._names[index].flags & wire.OUTSIDE
+            layout.total(data).counters.cpu_ns
+            for index, data in totals
+            if not self._names[index][1].flags & wire.OUTSIDE
         )
 
     def _cgroup_cpu_ns(self) -> int | None:
@@ -252,14 +269,14 @@ class BpfMeter:
             return 0
         return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - self._claim.last_read_ns
 
-    def _lost(self, slot: layout.Slot, rows: list[tuple[int, layout.Total]]) -> dict[str, int]:
+    def _lost(self, slot: layout.Slot, totals: list[tuple[int, bytes]]) -> dict[str, int]:
         lost = {name: count for name, count in slot.lost.items() if count}
         if self._programs.node().tripped:
             lost["programs_tripped"] = 1
         ended_ns = self._run_ended_ns
         if ended_ns is not None and slots.remade_ns(self._programs, slot) > ended_ns:
             # Its cgroup's counter, or all there is where that went unread.
-            lost[LATER_RUN] = self._claim.last_ns if self._is_ours() else self._inside(rows)
+            lost[LATER_RUN] = self._claim.last_ns if self._is_ours() else self._inside(totals)
         return lost
 
     def close(self) -> None:

@@ -62,7 +62,9 @@ def _overdue(after_s: float) -> Iterator[tuple[ProgramSet, layout.Slot]]:
 
 def clear_one(site: config.Config, meter: BpfMeter) -> bool:
     """Spool what nobody has closed as unclaimed, and release it; False if that failed."""
-    if not close(site, meter, claims_of(site, meter.path), "unclaimed"):
+    # A collector that died for good may have known who the job is.
+    claims = leftovers.claims(site.collector.state, meter.epoch) or claims_of(site, meter.path)
+    if not close(site, meter, claims, "unclaimed"):
         return False
     _log.warning("%s: no collector closed this job; spooled as unclaimed", os.fsdecode(meter.path))
     return True

@@ -111,8 +111,9 @@ def ledger_of(snapshot: Snapshot) -> wire.Ledger:
 def sums_of(records: Sequence[wire.Record]) -> list[int | None]:
     """Add each counter up over all records; maxima as maxima; None where nobody has one."""
     sums: list[int | None] = []
-    for name in wire.COUNTERS:
-        values = [v for v in (getattr(r, name) for r in records) if v is not None]
+    columns = list(zip(*map(msgspec.structs.astuple, records), strict=True))
+    for at, name in enumerate(wire.COUNTERS, wire.KEY_COLUMNS):
+        values = [v for v in columns[at] if v is not None] if columns else []
         if not values:
             sums.append(None)
         else:
@@ -136,7 +137,7 @@ class Writer:
         full_every: int,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
-        self.composer = Composer(meter, claims, full_every)
+        self.composer = Composer(meter, same_sender(claims, state, meter.epoch), full_every)
         self._meter = meter
         self._folder = folder
         self._state = state
@@ -185,6 +186,17 @@ def with_claims(claims: wire.Claims, **more: object) -> wire.Claims:
     return msgspec.structs.replace(
         claims, **{name: value for name, value in more.items() if value is not None}
     )
+
+
+def same_sender(claims: wire.Claims, state: Path, epoch: bytes) -> wire.Claims:
+    """Claims with the cluster and node that the epoch has had so far.
+
+    They tell it from other nodes' epochs: under another name its CPU would count twice.
+    """
+    before = leftovers.claims(state, epoch)
+    if before is None:
+        return claims
+    return msgspec.structs.replace(claims, cluster=before.cluster, node=before.node)
 
 
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")

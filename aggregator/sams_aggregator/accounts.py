@@ -89,18 +89,14 @@ def _there(made: Accounts) -> bool:
 
 
 def _make(view: Manifest, site: Site, base: Path, key: str) -> None:
-    writer = SetWriter(base, key)
-    connection = tables.connect()
-    try:
+    with SetWriter(base, key) as writer:
+        connection = tables.connect()
         connection.execute(f"SET temp_directory = {tables.quoted(writer.spill())}")
         build(connection, view, site)
         for name in TABLES:
             tables.copy(connection, f'SELECT * FROM "{name}"', writer.path(name))
         connection.close()
         writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
 
 
 def _forget(base: Path, keep: Path) -> None:

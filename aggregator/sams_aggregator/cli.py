@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sams_aggregator import config
+from sams_ebpf.errors import SamsError
 
 FORMATS = ("table", "csv", "json", "parquet")
 
@@ -96,7 +97,7 @@ def _software(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     update.add_argument("--dry-run", action="store_true", help="only show what would change")
     update.add_argument("--all", action="store_true", help="show every path that changes")
-    show = _rules_action(actions, "show", "show paths and their software")
+    show = _action(actions, "show", "show paths, their software and what they weigh")
     show.add_argument("--json", action="store_true", help="as JSON")
     _rules_action(actions, "undetermined", "show the paths that no rule matches")
     reset = _rules_action(actions, "reset", "forget the software of some paths, map them anew")
@@ -104,6 +105,10 @@ def _software(commands: Commands[argparse.ArgumentParser]) -> None:
     for action in (show, reset):
         action.add_argument("--path", metavar="GLOB", help="only paths like this; * includes /")
         action.add_argument("--software", metavar="GLOB", help="only software of such a name")
+    versions = _action(actions, "versions", "show which rules were in force since when")
+    versions.add_argument(
+        "version", nargs="?", metavar="VERSION", help="(the beginning of) one: print its rules"
+    )
     test = _rules_action(actions, "test", "show what the rules make of given paths, and why")
     test.add_argument("paths", nargs="+", metavar="PATH")
 
@@ -111,12 +116,19 @@ def _software(commands: Commands[argparse.ArgumentParser]) -> None:
 def _rules_action(
     actions: Commands[argparse.ArgumentParser], name: str, text: str
 ) -> argparse.ArgumentParser:
-    action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    config.add_options(action)
+    action = _action(actions, name, text)
     action.add_argument(
         "--rules", type=Path, metavar="FILE", help="rules in this file, not the configured ones"
     )
-    action.set_defaults(handler=later("sams_aggregator.software", f"{name}_command"))
+    return action
+
+
+def _action(
+    actions: Commands[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    config.add_options(action)
+    action.set_defaults(handler=later("sams_aggregator.software_commands", f"{name}_command"))
     return action
 
 
@@ -157,7 +169,7 @@ def _export(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--jobid-hash-size",
-        type=int,
+        type=natural,
         default=0,
         metavar="N",
         help="sub-folders of N job ids each, as upstream's receiver makes them; 0 for none",
@@ -176,16 +188,15 @@ def _report(commands: Commands[argparse.ArgumentParser]) -> None:
     config.add_options(parser)
     parser.add_argument(
         "--by",
-        default="software",
         metavar="KEYS",
-        help="comma-separated: software, version, user, project, partition, cluster, month, job,"
-        " path (default: software)",
+        help="comma-separated: software, version, local_version, user, project, partition,"
+        " cluster, month, job, run, path, flags, status (default: software)",
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--top", action="store_true", help="executables with the most CPU time")
     kind.add_argument("--undetermined", action="store_true", help="paths that no rule matches")
     kind.add_argument("--coverage", action="store_true", help="what of the site was seen, and how")
-    kind.add_argument("--job", type=int, metavar="ID", help="one job with its ledger")
+    kind.add_argument("--job", type=natural, metavar="ID", help="one job with its ledger")
     parser.add_argument("--cluster", help="only this cluster (with --job: its cluster)")
     parser.add_argument("--from", dest="since", metavar="YYYY-MM", help="first month")
     parser.add_argument("--to", dest="until", metavar="YYYY-MM", help="last month")
@@ -202,7 +213,9 @@ def _report(commands: Commands[argparse.ArgumentParser]) -> None:
         help="sacct: CPUs x elapsed; upstream: as upstream SAMS shows it, CPUs x time from"
         " first to last sample",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N rows, the rest summed up")
+    parser.add_argument(
+        "--limit", type=natural, metavar="N", help="at most N rows, the rest summed up"
+    )
     parser.add_argument("--format", choices=FORMATS, help="default: table")
     parser.add_argument("--json", action="store_true", help="the same as --format json")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="instead of stdout")
@@ -211,11 +224,14 @@ def _report(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _timeline(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "timeline", help="one job's CPU over its time, per executable", description=None
+        "timeline",
+        help="one job's CPU over its time, per executable",
+        description="CPU of each executable of a job on each node, as differences of the points"
+        " that are kept (aggregator.points_every_s).",
     )
     config.add_options(parser)
-    parser.add_argument("job", type=int, metavar="JOBID")
-    parser.add_argument("--cluster")
+    parser.add_argument("job", type=natural, metavar="JOBID")
+    parser.add_argument("--cluster", help="where several have a job of that id")
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="instead of stdout")
     parser.set_defaults(handler=later("sams_aggregator.timeline"))
@@ -230,7 +246,9 @@ def _reprocess(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     config.add_options(parser)
     add_sources(parser)
-    parser.add_argument("--workers", type=int, metavar="N", help="processes on this host")
+    parser.add_argument(
+        "--workers", type=natural, metavar="N", help="processes on this host; 0 is one per CPU"
+    )
     cluster = parser.add_mutually_exclusive_group()
     cluster.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler, tcp://host:8786")
     cluster.add_argument("--dask-file", type=Path, metavar="FILE", help="its scheduler file")
@@ -241,9 +259,20 @@ def _reprocess(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _gc(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("gc", help="delete files that no state names any more")
+    parser = commands.add_parser(
+        "gc",
+        help="delete files that no state names any more",
+        description="Delete sets of facts that nothing names any more: of killed commands, and"
+        " those that were merged. Younger ones may still be read by a command that is running.",
+    )
     config.add_options(parser)
-    parser.add_argument("--grace", type=int, default=86400, metavar="S", help="youngest age (s)")
+    parser.add_argument(
+        "--grace",
+        type=natural,
+        default=86400,
+        metavar="S",
+        help="keep what is younger (seconds; default: a day)",
+    )
     parser.set_defaults(handler=later("sams_aggregator.compact", "gc_command"))
 
 
@@ -262,13 +291,34 @@ def check_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def natural(text: str) -> int:
+    """Read a number of an option that cannot be below 0."""
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"has to be a number, 0 or more: {text!r}")
+    return int(text)
+
+
 def later(module: str, function: str = "command") -> Callable[[argparse.Namespace], int]:
     """Import a command's module only when it is chosen."""
 
     def handler(arguments: argparse.Namespace) -> int:
+        import duckdb  # noqa: PLC0415 - not to be waited for by --help
+
         command: Callable[[argparse.Namespace], int] = getattr(
             importlib.import_module(module), function
         )
-        return command(arguments)
+        try:
+            return command(arguments)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            # A full disk, a folder that may not be written, …: whoever was at it.
+            where = f"{error.filename}: " if error.filename is not None else ""
+            raise SamsError(f"{where}{error.strerror or error}") from error
+        except duckdb.Error as error:
+            said = " ".join(str(error).partition("\nLINE 1:")[0].split())[:500]
+            raise SamsError(
+                f"facts: {said} (`reprocess --replace` makes facts again that are damaged or gone)"
+            ) from error
 
     return handler

@@ -71,9 +71,8 @@ def _choose(sets: Sequence[FileSet], *, everything: bool) -> list[FileSet]:
 def merge(sets: Sequence[FileSet], folder: Path) -> Result:
     """One set with the rows of several that count."""
     view = manifest.Manifest(folder, tuple(sets))
-    writer = SetWriter(folder)
-    connection = tables.connect(memory=MEMORY)
-    try:
+    with SetWriter(folder) as writer:
+        connection = tables.connect(memory=MEMORY)
         connection.execute(f"SET temp_directory = {tables.quoted(writer.spill())}")
         connection.execute("SET preserve_insertion_order = true")
         for table in tables.SCHEMA:
@@ -86,9 +85,6 @@ def merge(sets: Sequence[FileSet], folder: Path) -> Result:
                 )
         connection.close()
         size = writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
     begins = [one.begin_ns for one in sets if one.begin_ns is not None]
     ends = [one.end_ns for one in sets if one.end_ns is not None]
     return Result(

@@ -32,12 +32,14 @@ _EXECS: Final = """
             max(end_ns) AS end_ns
         FROM {member} GROUP BY ALL
     )
-    SELECT m.run, n.node, n.begin_ns, n.end_ns, l.path,
+    SELECT m.run, n.node, n.begin_ns, n.end_ns,
+        CASE WHEN octet_length(l.path) > 0 THEN l.path
+            WHEN l.flags & {overflow} > 0 THEN '(overflow)'::BLOB ELSE '(unknown)'::BLOB END,
         sum(l.cpu_ns)::VARCHAR AS cpu_ns, sum(coalesce(l.user_ns, l.cpu_ns))::VARCHAR AS user_ns
     FROM {member} m JOIN nodes n ON n.run = m.run AND n.node = coalesce(m.node, 'unknown')
     JOIN last l USING (epoch)
     GROUP BY ALL
-    ORDER BY m.run, n.node, l.path
+    ORDER BY 1, 2, 5
 """
 _RUNS: Final = """
     SELECT run, cluster, job_id, start_text, start_ns, "user", uid, project, "partition",
@@ -119,7 +121,10 @@ def _reports(
     try:
         cursor = connection.execute(
             _EXECS.format(
-                totals=view.latest("totals"), member=made.source("member"), outside=wire.OUTSIDE
+                totals=view.latest("totals"),
+                member=made.source("member"),
+                overflow=wire.OVERFLOW,
+                outside=wire.OUTSIDE,
             )
         )
         for (number, node), rows in groupby(usage.rows_of(cursor), key=lambda row: row[:2]):

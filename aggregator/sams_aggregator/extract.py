@@ -12,13 +12,12 @@ from typing import Final
 from zoneinfo import ZoneInfo
 
 from sams_aggregator import config as cfg
-from sams_aggregator import outbox, software, usage
+from sams_aggregator import outbox, own_archive, software, usage
 from sams_aggregator import state as st
-from sams_aggregator.ingest import OWN_ARCHIVE
 from sams_aggregator.manifest import Store
 from sams_aggregator.outbox import Proposal, Survey
 from sams_ebpf.errors import UsageError
-from sams_receiver.archive import Appender, Archive, Item, Kind
+from sams_receiver.archive import Item, Kind
 
 NS: Final = 10**9
 
@@ -37,10 +36,11 @@ def command(arguments: argparse.Namespace) -> int:
     try:
         with outbox.only_one(part.data):
             writer = None if looking or folder is None else _Writer(state, config, folder)
-            software.update(state, rules)
-            _remember(state, part.data / OWN_ARCHIVE)
+            store = Store(state, part.data)
+            software.put_in_force(store, rules)
+            _remember(store)
             found = outbox.survey(
-                usage.FactsSource(Store(state, part.data), config, time.time_ns()),
+                usage.FactsSource(store, config, time.time_ns()),
                 dict(software.mapping(state, rules.version)),
                 outbox.sent_digests(state),
                 writer.send if writer is not None else _nothing if arguments.unsendable else _show,
@@ -59,19 +59,11 @@ def command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _remember(state: st.State, own: Path) -> None:
+def _remember(store: Store) -> None:
     """Tell a state that knows of nothing that was sent, a new one say, what the archive knows."""
-    if outbox.sent_digests(state) or not own.exists():
-        return
-    outbox.restore(
-        state,
-        (
-            frame.data
-            for segment in Archive.open(own).segments()
-            for frame in segment.frames()
-            if frame.kind == Kind.SENT
-        ),
-    )
+    if not outbox.sent_digests(store.state):
+        kept = own_archive.frames(store.data, Kind.SENT)
+        outbox.restore(store.state, (frame.data for frame in kept))
 
 
 class _Writer:
@@ -80,7 +72,7 @@ class _Writer:
     def __init__(self, state: st.State, config: cfg.Config, folder: Path) -> None:
         self._state = state
         self._folder = folder
-        self._own = config.aggregator.data / OWN_ARCHIVE
+        self._data = config.aggregator.data
         self._most = config.aggregator.extract.jobs_per_file
         self._now_ns = time.time_ns()
         self._waiting: list[Proposal] = []
@@ -106,8 +98,7 @@ class _Writer:
 
     def _journal(self, entry: bytes) -> None:
         """Keep what was sent in the aggregator's own archive: nothing else could tell."""
-        with Appender.open(self._own, partitions=1) as appender:
-            appender.append([Item(Kind.SENT, entry)])
+        own_archive.append(self._data, [Item(Kind.SENT, entry)])
 
 
 def _show(one: Proposal) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from sams_aggregator import compact, manifest, pool, sacct, sources
+from sams_aggregator import compact, manifest, own_archive, pool, sacct, sources
 from sams_aggregator import config as cfg
 from sams_aggregator import state as st
 from sams_aggregator.manifest import Store
@@ -17,11 +18,10 @@ from sams_aggregator.progress import bar
 from sams_aggregator.sources import SegmentRef, Source
 from sams_aggregator.work import Builder, Options, Payload, Result, work
 from sams_ebpf.errors import PartialError, SamsError, UsageError
-from sams_receiver.archive import Appender, Item, Kind
+from sams_receiver.archive import Archive, Item, Kind
 
 log = logging.getLogger(__name__)
 
-OWN_ARCHIVE: Final = "archive"
 SECOND: Final = 1_000_000_000
 
 
@@ -64,6 +64,15 @@ class Tally:
         for text in damage:
             log.warning("%s", text)
 
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Name and count a source that cannot be read, and go on with the others."""
+        try:
+            yield
+        except SamsError as error:
+            log.error("%s", error)
+            self.failed += 1
+
     def close(self, what: str) -> int:
         """Say what was done. Raises PartialError where something was set aside."""
         log.info(
@@ -71,7 +80,7 @@ class Tally:
         )
         if self.bad or self.failed:
             raise PartialError(
-                f"{what}: {self.bad} parts set aside, {self.failed} units not read; the rest is in"
+                f"{what}: {self.bad} parts set aside, {self.failed} inputs not read; the rest is in"
             )
         return 0
 
@@ -91,14 +100,18 @@ def command(arguments: argparse.Namespace) -> int:
         manifest.fix_options(state, options)
         store = Store(state, config.aggregator.data)
         archives, folders = chosen(arguments, config)
-        archive_sacct(config, arguments.sacct, ask=arguments.sacct_command)
-        own = store.data / OWN_ARCHIVE
+        tally = Tally()
+        archive_sacct(config, arguments.sacct)
+        if arguments.sacct_command:
+            with tally.going_on():
+                ask_sacct(config)
+        own = store.data / own_archive.FOLDER
         if own.exists():
             archives.append(own)
-        tally = Tally()
         ingest_archives(store, archives, options, tally, config.aggregator.worker_count)
         for source in folders:
-            ingest_folder(store, source, options, tally)
+            with tally.going_on():
+                ingest_folder(store, source, options, tally)
         if not arguments.no_compact:
             compact.compact(store)
         return tally.close("ingest")
@@ -110,6 +123,7 @@ def chosen(arguments: argparse.Namespace, config: cfg.Config) -> tuple[list[Path
     """Archives and folders that the options name, else those of the configuration.
 
     `--sacct` names no source of batches: its rows are read beside whichever there are.
+    Raises SamsError for a source named by an option that is none.
     """
     part = config.aggregator
     named = bool(arguments.archive or arguments.batches or arguments.sams_json)
@@ -121,43 +135,51 @@ def chosen(arguments: argparse.Namespace, config: cfg.Config) -> tuple[list[Path
             if not path.exists():
                 log.warning("aggregator.archives: %s: not there yet", path)
         batches, sams = part.batches, part.sams_json
-    folders = [Source("batches", path) for path in batches]
-    return archives, folders + [Source("sams-json", path) for path in sams]
+    folders = [
+        *[Source("batches", path) for path in batches],
+        *[Source("sams-json", path) for path in sams],
+    ]
+    if named:
+        for path in archives:
+            Archive.open(path)
+        for source in folders:
+            sources.folders(source)
+    return archives, folders
 
 
-def archive_sacct(config: cfg.Config, files: Iterable[Path], *, ask: bool) -> None:
-    """Put rows of sacct, as they were read, into the aggregator's own archive."""
-    outputs: list[tuple[bytes, int]] = []
+def archive_sacct(config: cfg.Config, files: Iterable[Path]) -> None:
+    """Put rows of sacct in files, as they were read, into the aggregator's own archive."""
     for path in files:
         try:
-            outputs.append((path.read_bytes(), path.stat().st_mtime_ns))
+            output, read_ns = path.read_bytes(), path.stat().st_mtime_ns
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
         try:
-            sacct.check_head(outputs[-1][0])
+            sacct.check_head(output)
         except sacct.SacctError as error:
             raise UsageError(f"{path}: {error}") from error
-    if ask:
-        now = time.time()
-        asked = config.aggregator.sacct
-        outputs.append(
-            (
-                sacct.ask(
-                    asked.command,
-                    since=now - asked.days * 86400,
-                    until=now,
-                    timeout_s=asked.timeout_s,
-                ),
-                int(now * SECOND),
-            )
-        )
-    if not outputs:
-        return
-    with Appender.open(config.aggregator.data / OWN_ARCHIVE, partitions=1) as appender:
-        for output, read_ns in outputs:
-            for payload in sacct.payloads(output, config.site.cluster, read_ns):
-                appender.append([Item(Kind.SACCT, payload)])
-        appender.seal()
+        doubt = sacct.doubt(output, read_ns)
+        if doubt is not None:
+            log.warning("%s: %s", path, doubt)
+        _keep_rows(config, output, read_ns)
+
+
+def ask_sacct(config: cfg.Config) -> None:
+    """The same with what sacct itself says of the last days. Raises SamsError."""
+    now = time.time()
+    asked = config.aggregator.sacct
+    output = sacct.ask(
+        asked.command,
+        since=now - asked.days * 86400,
+        until=now,
+        timeout_s=asked.timeout_s,
+    )
+    _keep_rows(config, output, int(now * SECOND))
+
+
+def _keep_rows(config: cfg.Config, output: bytes, read_ns: int) -> None:
+    payloads = sacct.payloads(output, config.site.cluster, read_ns)
+    own_archive.append(config.aggregator.data, (Item(Kind.SACCT, one) for one in payloads))
 
 
 def ingest_archives(
@@ -170,12 +192,14 @@ def ingest_archives(
     """Read what the archives have beyond what was read before."""
     known = manifest.extents(store.state)
     folder = manifest.facts_folder(store.data)
-    tasks = [
-        Task(ref, options, folder)
-        for path in archives
-        for ref in sources.segments(path)
-        if ref.extent > known.get(ref.unit, 0)
-    ]
+    tasks: list[Task] = []
+    for path in archives:
+        with tally.going_on():
+            tasks += [
+                Task(ref, options, folder)
+                for ref in sources.segments(path)
+                if ref.extent > known.get(ref.unit, 0)
+            ]
     with bar("ingest", len(tasks)) as advance:
         for done in pool.run(read_segment, tasks, workers):
             take(store, done, tally)

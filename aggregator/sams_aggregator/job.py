@@ -9,19 +9,22 @@ import json
 from collections.abc import Iterable
 from typing import Any, Final
 
-from sams_aggregator import accounts, manifest, show, tables
+from sams_aggregator import accounts, manifest, sams_xml, show, software, tables
 from sams_aggregator.accounts import Site
 from sams_aggregator.manifest import Manifest, Store
-from sams_aggregator.show import Column, Report
+from sams_aggregator.rules import Rules
+from sams_aggregator.show import Column, Report, hours
 from sams_ebpf import paths, wire
-from sams_ebpf.errors import SamsError
+from sams_ebpf.errors import SamsError, UsageError
 
 _SUMS: Final = [name for name in wire.COUNTERS if name not in wire.MAXIMA]
 
 
-def command(store: Store, site: Site, arguments: argparse.Namespace, form: str) -> int:
+def command(
+    store: Store, site: Site, rules: Rules, arguments: argparse.Namespace, form: str
+) -> int:
     """`report --job`."""
-    found = runs(manifest.read(store), site, arguments.job, arguments.cluster)
+    found = runs(manifest.read(store), site, arguments.job, arguments.cluster, rules)
     if not found:
         raise SamsError(f"job {arguments.job}: neither in the facts nor in sacct's rows")
     if form == "json":
@@ -38,22 +41,38 @@ def command(store: Store, site: Site, arguments: argparse.Namespace, form: str) 
     return 0
 
 
-_COLUMNS: Final = ("path", "flags", *wire.COUNTERS, "core_us")
+_NAMES: Final = ("kind", "software", "version", "local_version")
+_COLUMNS: Final = ("path", "flags", *_NAMES, *wire.COUNTERS, "core_us")
 
 
 def runs(
-    view: Manifest, site: Site, job_id: int, cluster: str | None = None
+    view: Manifest,
+    site: Site,
+    job_id: int,
+    cluster: str | None = None,
+    rules: Rules | None = None,
 ) -> list[dict[str, Any]]:
-    """Every run of a job id, in order of start, as the design's JSON report."""
+    """Every run of a job id, in order of start; by `rules` with the software it is."""
     connection = tables.connect(threads=1)
     _open(connection, view, site, job_id)
+    _one_cluster(connection, job_id, cluster)
     where = f"WHERE job_id = {int(job_id)}"
     if cluster is not None:
         where += f" AND cluster = {tables.quoted(cluster)}"
     found = _dicts(
         connection.execute(f"SELECT * FROM run {where} ORDER BY start_ns NULLS FIRST, run")
     )
-    return [_run(connection, run) for run in found]
+    return [_run(connection, run, rules) for run in found]
+
+
+def _one_cluster(connection: Any, job_id: int, cluster: str | None) -> None:  # noqa: ANN401
+    """Raise UsageError where several clusters have the job and none is chosen."""
+    query = "SELECT DISTINCT coalesce(cluster, '(none)') FROM run WHERE job_id = ? ORDER BY 1"
+    clusters = [row[0] for row in connection.execute(query, [job_id]).fetchall()]
+    if cluster is None and len(clusters) > 1:
+        raise UsageError(
+            f"job {job_id}: there is one in each of {', '.join(clusters)}: choose with --cluster"
+        )
 
 
 def _open(connection: Any, view: Manifest, site: Site, job_id: int) -> None:  # noqa: ANN401
@@ -84,7 +103,7 @@ def _open(connection: Any, view: Manifest, site: Site, job_id: int) -> None:  # 
     do(f"CREATE TEMP TABLE total AS SELECT * FROM {tables.latest('totals', source)}")
 
 
-def _run(connection: Any, run: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+def _run(connection: Any, run: dict[str, Any], rules: Rules | None) -> dict[str, Any]:  # noqa: ANN401
     number = run["run"]
     epochs = _dicts(
         connection.execute(
@@ -92,6 +111,10 @@ def _run(connection: Any, run: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN40
         )
     )
     executables = _executables(connection, number)
+    if rules is not None:
+        _name(executables, rules, run)
+    for one in executables:
+        one["path"] = paths.show(one["path"])
     classes = {
         name: {"cpu_ns": int(cpu), "core_us": int(core)}
         for name, cpu, core in connection.execute(
@@ -158,12 +181,25 @@ def _executables(connection: Any, run: int) -> list[dict[str, Any]]:  # noqa: AN
         )
     )
     for one in found:
-        one["path"] = paths.show(one["path"])
         one["script"] = None if one["script"] is None else paths.show(one["script"])
         one["flags"] = [name for bit, name in wire.FLAG_NAMES.items() if one["flags"] & bit]
         for name in (*wire.COUNTERS, "core_us"):
             one[name] = None if one[name] is None else int(one[name])
     return found
+
+
+def _name(executables: list[dict[str, Any]], rules: Rules, run: dict[str, Any]) -> None:
+    found = software.map_paths(rules, [one["path"] for one in executables])
+    for one, named in zip(executables, found, strict=True):
+        one["kind"] = (
+            "outside" if "outside" in one["flags"]
+            else "undetermined" if named is None
+            else "ignored" if named.ignore
+            else "software"
+        )  # fmt: skip
+        told = named[:3] if named is not None else (None, None, None)
+        for name, said in zip(_NAMES[1:], told, strict=True):
+            one[name] = said and sams_xml.fill(said, run["user"], run["project"])
 
 
 def _ledger(epochs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -184,7 +220,7 @@ def _ledger(epochs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _epoch(one: dict[str, Any]) -> dict[str, Any]:
     return {
-        "epoch": one["epoch"].hex(),
+        "epoch": one["epoch"][:16].hex(),
         "node": one["node"],
         "mode": one["mode"],
         "loader": one["loader"],
@@ -219,11 +255,19 @@ def _one(epochs: list[dict[str, Any]], name: str) -> str | None:
     return values.pop() if len(values) == 1 else ("mixed" if values else None)
 
 
+_STATUS: Final = {"sacct": "in sacct", "unknown": "unknown to sacct"}
+
+
 def _report(run: dict[str, Any]) -> Report:
     ledger = run["ledger"]
     rows = [
         {
-            "path": one["path"] + (f" [{','.join(one['flags'])}]" if one["flags"] else ""),
+            "path": (one["path"] or "(none)")
+            + (f" [{show.text(one['flags'])}]" if one["flags"] else ""),
+            "software": " ".join(filter(None, (one["software"], one["version"])))
+            if one["kind"] == "software"
+            else f"({one['kind']})",
+            "core": "" if one["core_us"] is None else hours(one["core_us"], 3600 * 10**6),
             "cpu": seconds(one["cpu_ns"]),
             "user": seconds(one["user_ns"]),
             "system": seconds(one["system_ns"]),
@@ -232,27 +276,43 @@ def _report(run: dict[str, Any]) -> Report:
         }
         for one in run["executables"]
     ]
+    marks = [name for name in ("partial", "running") if run[name]]
     head = [
         (
-            f"job {run['job']} ({run['cluster']}), {run['status']}, {run['state'] or 'no state'},"
-            f" user {run['user']}, project {run['project']}, {run['cpus']} CPUs"
+            f"job {run['job']} ({run['cluster']}), {_STATUS.get(run['status'], run['status'])},"
+            f" {run['state'] or 'no state'}, user {run['user']}, project {run['project']},"
+            f" {run['cpus']} CPUs"
         ),
-        (
-            f"{run['start']} to {run['end']}, {run['nodes_seen']} of {run['nodes']} nodes seen,"
-            f" mode {run['mode']}{', partial' if run['partial'] else ''}"
-            f"{', running' if run['running'] else ''}"
+        ", ".join(
+            [
+                f"{run['start']} to {run['end']}",
+                f"{run['nodes_seen']} of {run['nodes']} nodes seen",
+                "no data" if run["mode"] is None else f"mode {run['mode']}",
+                *marks,
+            ]
         ),
         "",
     ]
     foot = [
+        "",
         f"{'charged to the cgroup':32}{seconds(ledger['cgroup_cpu_ns'])}",
         f"{'attributed':32}{seconds(ledger['attributed_cpu_ns'])}",
         f"{'unattributed':32}{seconds(ledger['unattributed_cpu_ns'])}",
+        *[
+            f"{'  of it ' + cause:32}{seconds(amount)}"
+            for cause, amount in ledger["unattributed_by"].items()
+        ],
         f"{'outside the cgroup':32}{seconds(ledger['outside_cpu_ns'])}",
-        *[f"lost: {cause:26}{count}" for cause, count in ledger["lost"].items()],
+        *[f"{'lost: ' + cause:32}{count}" for cause, count in ledger["lost"].items()],
+        *[
+            f"{'core-hours ' + name:32}{hours(one['core_us'], 3600 * 10**6)}"
+            for name, one in run["accounts"].items()
+            if name != accounts.PATH and one["core_us"]
+        ],
     ]
     columns = [
-        Column("path", "executable"), Column("cpu", "CPU s", right=True),
+        Column("path", "executable"), Column("software", "software"),
+        Column("core", "core-hours", right=True), Column("cpu", "CPU s", right=True),
         Column("user", "user s", right=True), Column("system", "system s", right=True),
         Column("execs", "execs", right=True), Column("rss", "max RSS", right=True),
     ]  # fmt: skip
@@ -283,6 +343,7 @@ def timeline(view: Manifest, site: Site, job_id: int, cluster: str | None) -> Re
     """CPU of each executable and node in each interval, as differences of the kept points."""
     connection = tables.connect(threads=1)
     _open(connection, view, site, job_id)
+    _one_cluster(connection, job_id, cluster)
     where = f"r.job_id = {int(job_id)}"
     if cluster is not None:
         where += f" AND r.cluster = {tables.quoted(cluster)}"
@@ -301,5 +362,6 @@ def timeline(view: Manifest, site: Site, job_id: int, cluster: str | None) -> Re
     )
     for row in rows:
         row["time"] = time_text(row.pop("end_ns"))
+        row["flags"] = [name for bit, name in wire.FLAG_NAMES.items() if row["flags"] & bit]
     names = ("run", "node", "time", "path", "flags", "cpu_ns", "total_cpu_ns")
     return Report([Column(name, name, right=name.endswith("ns")) for name in names], rows)

@@ -241,15 +241,17 @@ class Entry(msgspec.Struct, frozen=True):
     records: list[Remembered]
 
 
+read_entry: Final[Callable[[bytes], Entry]] = msgspec.msgpack.Decoder(Entry).decode
+
+
 def restore(state: st.State, entries: Iterable[bytes]) -> int:
     """Take over what a journal says was sent, into a state that may not know it.
 
     Of several files with the same record the youngest counts. Raises msgspec's errors for
     bytes that are no entry.
     """
-    decoder = msgspec.msgpack.Decoder(Entry)
     number = 0
-    for entry in sorted(map(decoder.decode, entries), key=lambda e: (e.created_ns, e.file)):
+    for entry in sorted(map(read_entry, entries), key=lambda e: (e.created_ns, e.file)):
         _mark(state, entry)
         number += 1
     return number

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
+from sams_ebpf import program
 from sams_ebpf.errors import SamsError
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ class _Supervisor(Generic[T, R]):
 
 
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
+    program.start_log("sams-aggregator")
     while True:
         try:
             task = pipe.recv()

@@ -31,9 +31,10 @@ KINDS: Final = (
 SPECIAL: Final = KINDS[1:]
 
 _KEYS: Final = {
-    "software": "CASE WHEN a.class = 'path' THEN s.software END",
-    "version": "CASE WHEN a.class = 'path' THEN s.version END",
-    "local_version": "CASE WHEN a.class = 'path' THEN s.local_version END",
+    **{
+        name: f"CASE WHEN a.class = 'path' THEN filled(s.{name}, r.\"user\", r.project) END"
+        for name in ("software", "version", "local_version")
+    },
     "user": 'r."user"',
     "project": "r.project",
     "partition": 'r."partition"',
@@ -60,38 +61,78 @@ class Row(NamedTuple):
 
     keys: tuple[Any, ...]
     kind: str
-    runs: int
+    runs: int | None
     cpu_ns: int
     core_us: int
-    running: int
-    partial: int
+    running: int | None
+    partial: int | None
 
 
 def command(arguments: argparse.Namespace) -> int:
     """`report`."""
     config = cfg.load(arguments)
     form = arguments.format or ("json" if arguments.json else "table")
+    chosen, keys = filter_of(arguments), keys_of(arguments)
+    show.check(form, arguments.output)
     state = st.open_state(config.aggregator)
     try:
         store = Store(state, config.aggregator.data)
         site = site_of(config)
+        rules = software.load_rules(config, software.config_file(arguments))
         if arguments.job is not None:
-            return job.command(store, site, arguments, form)
+            return job.command(store, site, rules, arguments, form)
         made = accounts.current(store, site)
-        names = names_of(state, config, arguments)
-        chosen = Filter(
-            arguments.cluster,
-            None if arguments.since is None else months.parse(arguments.since),
-            None if arguments.until is None else months.parse(arguments.until),
-        )
+        known_cluster(made, chosen)
         if arguments.coverage:
             report = coverage(store, made, chosen)
         else:
-            report = main_report(made, names, chosen, arguments)
+            software.put_in_force(store, rules)
+            names = dict(software.mapping(state, rules.version))
+            report = main_report(made, names, chosen, keys, arguments)
+        empty = not any(one.tables for one in manifest.read(store).sets)
     finally:
         state.close()
+    if empty:
+        log.warning("%s: holds no facts yet: `ingest` reads them in", config.aggregator.data)
     show.write(report, form, arguments.output)
     return 0
+
+
+def filter_of(arguments: argparse.Namespace) -> Filter:
+    """What the options ask for. Raises UsageError for options that say nothing together."""
+    for name in ("top", "undetermined", "coverage", "job"):
+        if arguments.by is not None and getattr(arguments, name) not in (None, False):
+            raise UsageError(f"--by: not together with --{name}, which has rows of its own")
+    since, until = (
+        None if text is None else months.parse(text) for text in (arguments.since, arguments.until)
+    )
+    if since is not None and until is not None and since > until:
+        raise UsageError(f"--from {arguments.since} --to {arguments.until}: no month in between")
+    return Filter(arguments.cluster, since, until)
+
+
+def keys_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What the rows are told apart by. Raises UsageError."""
+    if arguments.top or arguments.undetermined:
+        return ("path", "flags", "software", "version")
+    by = "software" if arguments.by is None else arguments.by
+    keys = tuple(name for name in by.split(",") if name)
+    unknown = [name for name in keys if name not in _KEYS]
+    if unknown or not keys:
+        raise UsageError(f"--by {by}: no key '{', '.join(unknown)}'; there are {', '.join(_KEYS)}")
+    return keys
+
+
+def known_cluster(made: Accounts, chosen: Filter) -> None:
+    """Raise UsageError where no run is of the cluster that is asked for."""
+    if chosen.cluster is None:
+        return
+    query = f"SELECT DISTINCT cluster FROM {made.source('run')} WHERE cluster IS NOT NULL"
+    clusters = sorted(row[0] for row in tables.connect().execute(query).fetchall())
+    if chosen.cluster not in clusters:
+        raise UsageError(
+            f"--cluster {chosen.cluster}: no run of it; there are {', '.join(clusters) or 'none'}"
+        )
 
 
 def site_of(config: cfg.Config) -> accounts.Site:
@@ -99,31 +140,14 @@ def site_of(config: cfg.Config) -> accounts.Site:
     return accounts.Site(config.aggregator.timezone, config.site.cluster)
 
 
-def names_of(
-    state: st.State, config: cfg.Config, arguments: argparse.Namespace
-) -> dict[bytes, Software | None]:
-    """Software of each path under today's rules; paths that are new to them are mapped now."""
-    where = arguments.config or (cfg.DEFAULT_FILE if cfg.DEFAULT_FILE.exists() else None)
-    rules = software.load_rules(config, where)
-    software.update(state, rules)
-    return dict(software.mapping(state, rules.version))
-
-
 def main_report(
     made: Accounts,
     names: dict[bytes, Software | None],
     chosen: Filter,
+    keys: Sequence[str],
     arguments: argparse.Namespace,
 ) -> Report:
     """The report by keys, of the top executables or of what is undetermined."""
-    keys = tuple(name for name in arguments.by.split(",") if name)
-    unknown = [name for name in keys if name not in _KEYS]
-    if unknown or not keys:
-        raise UsageError(
-            f"--by {arguments.by}: no key '{', '.join(unknown)}'; there are {', '.join(_KEYS)}"
-        )
-    if arguments.top or arguments.undetermined:
-        keys = ("path", "flags", "software", "version")
     connection = open_accounts(made, names, upstream=arguments.core_time == "upstream")
     found = rows(connection, keys, chosen)
     if arguments.top:
@@ -138,9 +162,8 @@ def main_report(
     found = found[:limit] if limit is not None else found
     if not (arguments.top or arguments.undetermined):
         found += _always(found + rest, keys)
-    known = connection.execute(
-        f"SELECT coalesce(sum(core_us), 0) FROM account a JOIN run r USING (run) {_where(chosen)}"
-    ).fetchone()[0]
+    found += summed_up(rest, keys)
+    known = sacct_total(connection, chosen)
     head = [
         "core-hours: allocated CPUs x elapsed time, shared out by CPU time"
         if arguments.core_time == "sacct"
@@ -148,11 +171,15 @@ def main_report(
         "CPU-hours: CPU time used",
         "",
     ]
-    foot = [f"… {len(rest)} more rows: {_amounts(rest)}"] if rest else []
-    foot += [(f"total: core-hours {show.hours(totals[1], CORE_HOUR)}, CPU-hours"
+    foot = [f"(rest): {len(rest)} more rows, summed up"] if rest else []
+    of_what = "total of these rows" if arguments.top or arguments.undetermined else "total"
+    foot += [(f"{of_what}: core-hours {show.hours(totals[1], CORE_HOUR)}, CPU-hours"
              f" {show.hours(totals[0], CPU_HOUR)}")]  # fmt: skip
+    if known is not None and arguments.core_time == "sacct":
+        foot += [f"sacct's total: core-hours {show.hours(known, CORE_HOUR)}"]
     runs = _run_counts(connection, chosen)
-    foot += [f"runs: {', '.join(f'{count} {what}' for what, count in runs.items() if count)}"]
+    counts = ", ".join(f"{count} {what}" for what, count in runs.items() if count)
+    foot += [f"runs: {counts or 'none'}"]
     return Report(
         [*[Column(name, name) for name in keys], *_COLUMNS],
         [_shown(keys, row) for row in found],
@@ -163,7 +190,7 @@ def main_report(
             "core_time": arguments.core_time,
             "by": list(keys),
             "total": {"cpu_ns": totals[0], "core_us": totals[1]},
-            "sacct": {"core_us": int(known)},
+            "sacct": {"core_us": known},
             "runs": runs,
             "rest": {
                 "rows": len(rest),
@@ -210,10 +237,21 @@ def flag_names(flags: int) -> str:
     return ",".join(name for bit, name in wire.FLAG_NAMES.items() if flags & bit)
 
 
-def _amounts(found: Sequence[Row]) -> str:
-    core = show.hours(sum(row.core_us for row in found), CORE_HOUR)
-    cpu = show.hours(sum(row.cpu_ns for row in found), CPU_HOUR)
-    return f"core-hours {core}, CPU-hours {cpu}"
+def summed_up(rest: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """One row for each kind; how many different runs they are of is not known."""
+    return [
+        Row(
+            (None,) * len(keys),
+            f"{kind} (rest)",
+            None,
+            sum(row.cpu_ns for row in rest if row.kind == kind),
+            sum(row.core_us for row in rest if row.kind == kind),
+            None,
+            None,
+        )
+        for kind in KINDS
+        if any(row.kind == kind for row in rest)
+    ]
 
 
 def _sort_key(row: Row) -> tuple[Any, ...]:
@@ -238,6 +276,8 @@ def open_accounts(
     every = accounts.paths_of(connection, made)
     with tables.loaded(_SOFT, _softs(every, names)) as source:
         connection.execute(f"CREATE TEMP TABLE soft AS FROM {source}")
+    to_fill = any(found is not None and "%" in "".join(found[:3]) for found in names.values())
+    connection.execute(f"CREATE TEMP MACRO filled(name, u, p) AS {_FILLED if to_fill else 'name'}")
     if upstream:
         connection.execute(_UPSTREAM.format(source=made.source("account")))
     else:
@@ -245,6 +285,13 @@ def open_accounts(
     return connection
 
 
+# As `sams_xml.fill`: `%(user)s` and `%(project)s` are the run's own.
+_FILLED: Final = r"""
+    CASE WHEN contains(name, '%') THEN array_to_string(list_transform(
+        regexp_extract_all(name, '%%|%\((?:user|project)\)s|%|[^%]+'),
+        lambda part: CASE part WHEN '%%' THEN '%' WHEN '%(user)s' THEN coalesce(u, 'None')
+            WHEN '%(project)s' THEN coalesce(p, 'None') ELSE part END), '') ELSE name END
+"""
 _SOFT: Final = {
     "path_id": "BIGINT", "kind": "VARCHAR", "software": "VARCHAR", "version": "VARCHAR",
     "local_version": "VARCHAR",
@@ -338,8 +385,29 @@ def rows(connection: Any, keys: Sequence[str], chosen: Filter) -> list[Row]:  # 
 PARTIAL: Final = "(r.not_final > 0 OR r.lossy > 0 OR r.nodes_seen < r.nodes)"
 
 
+def sacct_total(connection: Any, chosen: Filter) -> int | None:  # noqa: ANN401
+    """Core-time (us) as sacct itself adds it up; None for some months: it knows runs only."""
+    if chosen.since is not None or chosen.until is not None:
+        return None
+    total = connection.execute(
+        f"SELECT coalesce(sum(r.cpu_time_s), 0) FROM run r {_runs_where(chosen)}"
+    ).fetchone()[0]
+    return int(total) * 10**6
+
+
+def _runs_where(chosen: Filter) -> str:
+    """Of some months: the runs that have core-time or CPU in them."""
+    if chosen.since is None and chosen.until is None:
+        return _where(chosen)
+    of_months = _where(chosen._replace(cluster=None))
+    parts = [f"r.run IN (SELECT a.run FROM account a {of_months})"]
+    if chosen.cluster is not None:
+        parts.append(f"r.cluster = {tables.quoted(chosen.cluster)}")
+    return f"WHERE {' AND '.join(parts)}"
+
+
 def _run_counts(connection: Any, chosen: Filter) -> dict[str, int]:  # noqa: ANN401
-    where = "" if chosen.cluster is None else f"WHERE r.cluster = {tables.quoted(chosen.cluster)}"
+    where = _runs_where(chosen)
     row = connection.execute(f"""
         SELECT count(*) FILTER (status = 'sacct'), count(*) FILTER (status = 'unknown'),
             count(*) FILTER (status = 'unresolved'), count(*) FILTER (running),
@@ -354,7 +422,7 @@ def coverage(store: Store, made: Accounts, chosen: Filter) -> Report:
     connection = tables.connect()
     for name in ("run", "member", "account"):
         connection.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM {made.source(name)}")
-    where = "" if chosen.cluster is None else f"WHERE r.cluster = {tables.quoted(chosen.cluster)}"
+    where = _runs_where(chosen)
     of_runs = connection.execute(f"""
         SELECT count(*) FILTER (status = 'sacct'),
             count(*) FILTER (status = 'sacct' AND nodes_seen = 0),
@@ -383,9 +451,10 @@ def coverage(store: Store, made: Accounts, chosen: Filter) -> Report:
     ).fetchall():
         for cause, count in json.loads(text).items():
             losses[cause] = losses.get(cause, 0) + count
-    view = manifest.read(store)
+    of_epochs = f" WHERE epoch IN (SELECT m.epoch FROM member m JOIN run r USING (run) {where})"
     dropped = connection.execute(
-        f"SELECT coalesce(sum(batches), 0), count(*) FROM {view.latest('dropped')}"
+        f"SELECT coalesce(sum(batches), 0) FROM {manifest.read(store).latest('dropped')}"
+        + (of_epochs if where else "")
     ).fetchone()
     found: list[tuple[str, Any]] = [
         ("runs in sacct", of_runs[0]),
@@ -413,6 +482,9 @@ def coverage(store: Store, made: Accounts, chosen: Filter) -> Report:
     return Report(
         [Column("what", "coverage"), Column("value", "", right=True)],
         [{"what": what, "value": value} for what, value in found],
+        ["runs with core-time or CPU in these months, their epochs as a whole", ""]
+        if chosen.since is not None or chosen.until is not None
+        else [],
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 import sqlalchemy as sa
 
-from sams_aggregator import compact, ingest, manifest, pool, sources
+from sams_aggregator import compact, ingest, manifest, own_archive, pool, sources
 from sams_aggregator import config as cfg
 from sams_aggregator import state as st
 from sams_aggregator.ingest import Outcome, Tally, Task
@@ -44,8 +44,8 @@ def command(arguments: argparse.Namespace) -> int:
                 f"{data}: holds facts already: rebuild them with --replace, or give another --data"
             )
         archives, folders = ingest.chosen(arguments, config)
-        ingest.archive_sacct(config, arguments.sacct, ask=False)
-        own = data / ingest.OWN_ARCHIVE
+        ingest.archive_sacct(config, arguments.sacct)
+        own = data / own_archive.FOLDER
         if own.exists():
             archives.append(own)
         workers = arguments.workers or config.aggregator.worker_count

@@ -110,7 +110,10 @@ class Explanation:
 
 
 class Rules:
-    """A checked set of rules. Immutable but for what it remembers of results."""
+    """A checked set of rules. Immutable but for what it remembers of results.
+
+    own: how many of them, at the beginning, are the site's; the others are of this package.
+    """
 
     def __init__(
         self,
@@ -119,9 +122,11 @@ class Rules:
         *,
         stop_on_rewrite_match: bool = False,
         warnings: Sequence[str] = (),
+        own: int | None = None,
         time_limit_s: float = TIME_LIMIT_S,
     ) -> None:
         self.rules = tuple(rules)
+        self.own = len(self.rules) if own is None else own
         self.rewrites = tuple(rewrites)
         self.stop_on_rewrite_match = stop_on_rewrite_match
         self.warnings = tuple(warnings)
@@ -154,12 +159,19 @@ class Rules:
         """
         reader = _Reader(where, line_of)
         rules, rewrites, stop = reader.read(document)
+        own = len(rules)
         for name in ready_made:
             text, origin = ready_made_text(name)
             more = _Reader(origin, None)
             extra, _, _ = more.read(yaml.safe_load(text))
             rules += [_renumbered(rule, len(rules) + n) for n, rule in enumerate(extra, 1)]
-        return cls(rules, rewrites, stop_on_rewrite_match=stop, warnings=tuple(reader.warnings))
+        return cls(
+            rules,
+            rewrites,
+            stop_on_rewrite_match=stop,
+            warnings=tuple(reader.warnings),
+            own=own,
+        )
 
     @classmethod
     def from_file(cls, path: Path, *, ready_made: Sequence[str] = ()) -> Rules:
@@ -171,6 +183,28 @@ class Rules:
             ready_made=ready_made,
             line_of=lambda keys: line_of(path, keys),
         )
+
+    def document(self) -> dict[str, Any]:
+        """Plain data of which `from_config` makes the same rules; ready-made ones stand in it."""
+        return {
+            "rules": [
+                {
+                    "match": rule.pattern,
+                    **dict(zip(FIELDS, rule.templates, strict=True)),
+                    "user_provided": rule.user_provided,
+                    "ignore": rule.ignore,
+                }
+                for rule in self.rules
+            ],
+            "rewrite": [
+                {
+                    "match": {name: regex.pattern for name, regex in rewrite.match},
+                    "update": dict(rewrite.update),
+                }
+                for rewrite in self.rewrites
+            ],
+            "stop_on_rewrite_match": self.stop_on_rewrite_match,
+        }
 
     def map(self, path: bytes) -> Software | None:
         """Give the software of one path; None if no rule matches."""

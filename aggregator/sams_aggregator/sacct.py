@@ -6,6 +6,7 @@ Fields that an older sacct lacks are left out; those of REQUIRED have to be ther
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import os
@@ -32,6 +33,9 @@ REQUIRED: Final = frozenset(
 CHUNK_BYTES: Final = 8 << 20
 MAX_LINE: Final = 1 << 20
 SECOND: Final = 1_000_000_000
+# Between the clocks of two hosts; and between sacct's answer and the file that holds it.
+_CLOCK_S: Final = 300
+_OLD_S: Final = 86400
 _TIME_LENGTH: Final = len("2026-01-02T03:04:05")
 _EPOCH: Final = dt.datetime(1970, 1, 1)  # noqa: DTZ001 - sacct's times name no zone; they are UTC
 _NO_TIME: Final = frozenset({"Unknown", "None", "NONE", "", "N/A"})
@@ -113,6 +117,35 @@ def payloads(output: bytes, cluster: str | None, read_ns: int) -> Iterator[bytes
 def check_head(output: bytes) -> None:
     """Refuse what is not sacct's output with the fields needed. Raises SacctError."""
     _columns(output.partition(b"\n")[0])
+
+
+def doubt(output: bytes, read_ns: int) -> str | None:
+    """Why the rows may not have been read at this moment, in UTC; None if nothing speaks so.
+
+    A running job's start and elapsed time say when sacct was asked, if it was never suspended.
+    """
+    head, _, body = output.partition(b"\n")
+    columns = _columns(head)
+    asked = []
+    for line in body.split(b"\n"):
+        with contextlib.suppress(ValueError, SamsError):
+            job = _job(line, columns, None, read_ns) if b"Unknown" in line else None
+            if job is not None and job.end_ns is None:
+                asked.append(job.start_ns + job.elapsed_s * SECOND)
+    if not asked:
+        return None
+    late = (read_ns - max(asked)) // SECOND
+    if late < -_CLOCK_S:
+        return (
+            f"its running jobs go on for {-late} s after the file was written: was sacct asked"
+            " with TZ=UTC?"
+        )
+    if late > _OLD_S:
+        return (
+            f"its running jobs end {late} s before the file was written, which is taken for when"
+            " sacct was asked: set its time (touch -d)"
+        )
+    return None
 
 
 def parse(payload: bytes) -> tuple[list[Job], list[Problem]]:

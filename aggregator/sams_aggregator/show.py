@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import duckdb
 import msgspec
 
 from sams_aggregator import tables
 from sams_ebpf import durable, paths
-from sams_ebpf.errors import SamsError
+from sams_ebpf.errors import SamsError, UsageError
 
 # What a spreadsheet would take for a formula.
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
@@ -44,6 +45,8 @@ def text(value: object) -> str:
         return ""
     if isinstance(value, bytes):
         return paths.show(value)
+    if isinstance(value, list):
+        return ",".join(map(text, value))
     if isinstance(value, str):
         return (
             value if value.isprintable() else paths.show(value.encode("utf-8", "surrogateescape"))
@@ -125,14 +128,23 @@ def as_parquet(report: Report, path: Path) -> None:
     connection.close()
 
 
+def check(form: str, output: Path | None) -> None:
+    """Raise UsageError for a form that cannot go where it shall."""
+    if form == "parquet" and output is None:
+        raise UsageError("parquet goes to a file: name it with --output")
+
+
 def write(report: Report, form: str, output: Path | None) -> None:
     """Give a report in the form asked for, to a file or stdout. Raises SamsError."""
-    if form == "parquet":
-        if output is None:
-            raise SamsError("parquet goes to a file: name it with --output")
+    check(form, output)
+    if output is not None and form == "parquet":
         temporary = output.with_name(f".{output.name}.tmp")
-        as_parquet(report, temporary)
-        temporary.rename(output)
+        try:
+            as_parquet(report, temporary)
+            temporary.rename(output)
+        except (OSError, duckdb.Error) as error:
+            temporary.unlink(missing_ok=True)
+            raise SamsError(f"{output}: cannot be written: {error}") from error
         return
     put({"table": table, "csv": as_csv, "json": as_json}[form](report), output)
 

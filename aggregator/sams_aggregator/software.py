@@ -1,4 +1,4 @@
-"""Which path is which software: the rules of a site, what they say of its paths, and commands.
+"""Which path is which software: the rules of a site, and what they say of its paths.
 
 A mapping belongs to the version of the rules that made it, so that a change of the rules
 touches no fact, and going back to earlier rules finds their mapping still there.
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,12 +17,14 @@ import msgspec
 import sqlalchemy as sa
 
 from sams_aggregator import config as cfg
+from sams_aggregator import own_archive
 from sams_aggregator import rules as rules_module
 from sams_aggregator import state as st
-from sams_aggregator.globs import compile_glob
+from sams_aggregator.manifest import Store
 from sams_aggregator.rules import Rules, Software
-from sams_ebpf import paths, settings
-from sams_ebpf.errors import PartialError, UsageError
+from sams_ebpf import settings
+from sams_ebpf.errors import UsageError
+from sams_receiver.archive import Item, Kind
 
 KEPT_VERSIONS: Final = 5
 _CHUNK: Final = 20_000
@@ -112,6 +111,34 @@ def load_rules(config: cfg.Config, where: Path | None, file: Path | None = None)
 # ------------------------------------------------------------------ the mapping in the state
 
 
+def put_in_force(store: Store, rules: Rules) -> Outcome:
+    """Update the mapping; rules that are others than those in force so far are archived first."""
+    if current(store.state) != rules.version:
+        entry = json.dumps({"version": rules.version, **rules.document()}, sort_keys=True)
+        own_archive.append(store.data, [Item(Kind.RULES, entry.encode())])
+    return update(store.state, rules)
+
+
+class Version(NamedTuple):
+    """Rules that were put in force at a moment (ns since 1970)."""
+
+    since_ns: int
+    version: str
+    document: dict[str, Any]
+
+
+def history(data: Path) -> Iterator[Version]:
+    """Which rules were in force since when, oldest first, as archived."""
+    before = None
+    for frame in own_archive.frames(data, Kind.RULES):
+        document = json.loads(frame.data)
+        version = document.pop("version")
+        # A new state, or two commands at once, may have told it again.
+        if version != before:
+            yield Version(frame.received_ns, version, document)
+        before = version
+
+
 def update(state: st.State, rules: Rules) -> Outcome:
     """Map every path that this version of the rules has not seen; then it is the current one.
 
@@ -119,10 +146,10 @@ def update(state: st.State, rules: Rules) -> Outcome:
     """
     late: list[tuple[bytes, int]] = []
     mapped = undetermined = 0
-    todo = _unmapped(state, rules.version)
+    todo = unmapped(state, rules.version)
     for start in range(0, len(todo), _CHUNK):
         chunk = todo[start : start + _CHUNK]
-        results = rules.map_many(chunk, lambda path, rule: late.append((path, rule)))
+        results = map_paths(rules, chunk, lambda path, rule: late.append((path, rule)))
         rows = [
             _row(rules.version, path, software)
             for path, software in zip(chunk, results, strict=True)
@@ -133,6 +160,14 @@ def update(state: st.State, rules: Rules) -> Outcome:
         mapped += len(chunk)
     _make_current(state, rules.version)
     return Outcome(mapped, undetermined, late)
+
+
+def map_paths(
+    rules: Rules, every: Sequence[bytes], on_timeout: Callable[[bytes, int], None] | None = None
+) -> list[Software | None]:
+    """As `Rules.map_many`, but no rule names what has no path: the overflow row, say."""
+    found = rules.map_many(every, on_timeout)
+    return [one if path else None for path, one in zip(every, found, strict=True)]
 
 
 def current(state: st.State) -> str | None:
@@ -168,8 +203,8 @@ def mapping(state: st.State, version: str | None) -> Iterator[tuple[bytes, Softw
 def changes(state: st.State, rules: Rules) -> list[Change]:
     """What an update with these rules would change against the current mapping."""
     before = dict(mapping(state, current(state)))
-    every = list(_all_paths(state))
-    after = rules.map_many(every)
+    every = list(all_paths(state))
+    after = map_paths(rules, every)
     return [
         Change(path, before.get(path), software)
         for path, software in zip(every, after, strict=True)
@@ -189,7 +224,8 @@ def forget(state: st.State, version: str, chosen: Sequence[bytes]) -> None:
             )
 
 
-def _unmapped(state: st.State, version: str) -> list[bytes]:
+def unmapped(state: st.State, version: str) -> list[bytes]:
+    """Paths that this version of the rules has not seen."""
     known = (
         sa.select(st.mapping.c.path)
         .where(st.mapping.c.rules == version, st.mapping.c.path == st.paths.c.path)
@@ -200,7 +236,8 @@ def _unmapped(state: st.State, version: str) -> list[bytes]:
         return [bytes(path) for path in connection.scalars(query)]
 
 
-def _all_paths(state: st.State) -> Iterator[bytes]:
+def all_paths(state: st.State) -> Iterator[bytes]:
+    """Every path of the facts, in the order of its bytes."""
     with state.read() as connection:
         for path in connection.scalars(sa.select(st.paths.c.path).order_by(st.paths.c.path)):
             yield bytes(path)
@@ -235,198 +272,3 @@ def _make_current(state: st.State, version: str) -> None:
         for old in versions[KEPT_VERSIONS:]:
             connection.execute(st.mapping.delete().where(st.mapping.c.rules == old))
             connection.execute(st.rules.delete().where(st.rules.c.version == old))
-
-
-# ------------------------------------------------------------------ commands
-
-
-def update_command(arguments: argparse.Namespace) -> int:
-    """`software update`."""
-    config = cfg.load(arguments)
-    rules = load_rules(config, config_file(arguments), arguments.rules)
-    state = st.open_state(config.aggregator)
-    try:
-        for text in rules.warnings:
-            print(f"note: {text}", file=sys.stderr)
-        found = changes(state, rules)
-        _print_changes(found, everything=arguments.all)
-        for finding in rules.audit(_all_paths(state)):
-            print(f"note: {finding.text}")
-        if arguments.dry_run:
-            print(f"{len(found)} paths would change; nothing was written (--dry-run)")
-            return 0
-        outcome = update(state, rules)
-    finally:
-        state.close()
-    print(
-        f"rules {rules.version[:12]}: {outcome.mapped} paths mapped,"
-        f" {outcome.undetermined} of them undetermined"
-    )
-    return _complain(outcome.late)
-
-
-def show_command(arguments: argparse.Namespace) -> int:
-    """`software show`."""
-    with_state = _Chosen(arguments)
-    rows = with_state.rows()
-    with_state.close()
-    _print_rows(rows, as_json=arguments.json)
-    return 0
-
-
-def undetermined_command(arguments: argparse.Namespace) -> int:
-    """`software undetermined`."""
-    config = cfg.load(arguments)
-    rules = load_rules(config, config_file(arguments), arguments.rules)
-    state = st.open_state(config.aggregator)
-    try:
-        every = list(_all_paths(state))
-        for path, software in zip(every, rules.map_many(every), strict=True):
-            if software is None:
-                print(paths.show(path))
-    finally:
-        state.close()
-    return 0
-
-
-def reset_command(arguments: argparse.Namespace) -> int:
-    """`software reset`: forget the mapping of some paths and map them again."""
-    if arguments.path is None and arguments.software is None:
-        raise UsageError("software reset: give --path GLOB or --software GLOB; '*' is everything")
-    chosen = _Chosen(arguments)
-    try:
-        rows = chosen.rows()
-        _print_rows(rows, as_json=False)
-        if arguments.dry_run:
-            print(f"{len(rows)} paths would be mapped anew; nothing was written (--dry-run)")
-            return 0
-        rules = load_rules(chosen.config, config_file(arguments), arguments.rules)
-        forget(chosen.state, rules.version, [path for path, _ in rows])
-        outcome = update(chosen.state, rules)
-    finally:
-        chosen.close()
-    print(f"{outcome.mapped} paths mapped, {outcome.undetermined} of them undetermined")
-    return _complain(outcome.late)
-
-
-def test_command(arguments: argparse.Namespace) -> int:
-    """`software test`: what the rules make of paths that need not be known."""
-    rules = load_rules(cfg.load(arguments), config_file(arguments), arguments.rules)
-    for text in rules.warnings:
-        print(f"note: {text}", file=sys.stderr)
-    for text in arguments.paths:
-        path = _typed(text)
-        print(f"Path: {paths.show(path)}")
-        found = rules.explain(path)
-        if found is None:
-            print("\tno rule matches")
-            continue
-        rule = rules.rules[found.rule - 1]
-        print(f"\tRule         : {found.rule}: {rule.pattern}")
-        for name, value in found.groups.items():
-            print(f"\t  {name:<11}: {_safe(str(value))}")
-        if found.rewrites:
-            print(f"\tRewrites     : {', '.join(map(str, found.rewrites))}")
-        for name, value in _fields(found.result):
-            print(f"\t{name:<13}: {_safe(value)}")
-    return 0
-
-
-class _Chosen:
-    """Paths of the current mapping that the GLOBs of a command line name."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self._path = compile_glob(arguments.path if arguments.path is not None else "*")
-        self._software = None
-        if arguments.software is not None:
-            self._software = compile_glob(arguments.software)
-        self.config = cfg.load(arguments)
-        self.state = st.open_state(self.config.aggregator)
-
-    def rows(self) -> list[tuple[bytes, Software | None]]:
-        version = current(self.state)
-        return [row for row in mapping(self.state, version) if self._wants(*row)]
-
-    def close(self) -> None:
-        self.state.close()
-
-    def _wants(self, path: bytes, software: Software | None) -> bool:
-        if self._software is not None and (
-            software is None or not self._software.fullmatch(software.software)
-        ):
-            return False
-        return self._path.fullmatch(path.decode("utf-8", "surrogateescape")) is not None
-
-
-def _typed(text: str) -> bytes:
-    r"""A path from the command line, as it is or as it was shown (`\xHH`)."""
-    try:
-        return paths.parse(text)
-    except (ValueError, UnicodeEncodeError):
-        return os.fsencode(text)
-
-
-def _safe(text: str) -> str:
-    return paths.show(text.encode("utf-8", "surrogateescape"))
-
-
-def _fields(software: Software) -> list[tuple[str, str]]:
-    return [
-        ("Software", software.software),
-        ("Version", software.version),
-        ("Local Version", software.local_version),
-        ("User Provided", str(software.user_provided).lower()),
-        ("Ignore", str(software.ignore).lower()),
-    ]
-
-
-def _label(software: Software | None) -> str:
-    if software is None:
-        return "undetermined"
-    text = " ".join(part for part in software[:3] if part)
-    marks = [
-        name
-        for name, set_ in (("user", software.user_provided), ("ignored", software.ignore))
-        if set_
-    ]
-    return _safe(f"{text} ({', '.join(marks)})" if marks else text)
-
-
-def _print_rows(rows: Iterable[tuple[bytes, Software | None]], *, as_json: bool) -> None:
-    if as_json:
-        shown = [
-            {
-                "path": paths.show(path),
-                **({"software": None} if software is None else software._asdict()),
-            }
-            for path, software in rows
-        ]
-        print(json.dumps(shown, indent=1))
-        return
-    for path, software in rows:
-        print(f"Path: {paths.show(path)}")
-        if software is None:
-            print("\tSoftware is not determined")
-            continue
-        for name, value in _fields(software):
-            print(f"\t{name:<13}: {_safe(value)}")
-
-
-def _print_changes(found: Sequence[Change], *, everything: bool) -> None:
-    kinds = Counter((_label(change.before), _label(change.after)) for change in found)
-    for (before, after), count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])):
-        print(f"{count} paths: {before} -> {after}")
-    for change in found if everything else found[:_SHOWN_CHANGES]:
-        print(f"  {paths.show(change.path)}: {_label(change.before)} -> {_label(change.after)}")
-    if not everything and len(found) > _SHOWN_CHANGES:
-        print(f"  … and {len(found) - _SHOWN_CHANGES} more; --all shows them")
-
-
-def _complain(late: Sequence[tuple[bytes, int]]) -> int:
-    if not late:
-        return 0
-    path, rule = late[0]
-    raise PartialError(
-        f"{len(late)} paths stay undetermined: a regexp took too long, the first time rule {rule}"
-        f" at {paths.show(path)}"
-    )

@@ -17,7 +17,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Self, cast
 
 import duckdb
 import msgspec
@@ -42,6 +42,7 @@ CLAIMS: Final = {
     "cpus": "BIGINT", "nodes": "BIGINT", "het_job_id": "BIGINT",
 }  # fmt: skip
 
+# epoch: 16 bytes of the epoch itself and 16 of the cluster and node that sent it.
 # points: an executable's counters at the end of each interval of its epoch.
 # totals: the same at the end of each month. Both: highest (generation, sequence) wins.
 # epochs: the head of the last batch of an epoch in each month, with its ledger.
@@ -160,7 +161,10 @@ def loaded(
 
 
 class SetWriter:
-    """Writes one set; nothing of it can be seen before `finish`."""
+    """Writes one set; nothing of it can be seen before `finish`.
+
+    As a context: what was not finished at its end is taken away.
+    """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self._folder = folder
@@ -168,6 +172,12 @@ class SetWriter:
         self.temporary = folder / f"{TEMPORARY}{secrets.token_hex(12)}"
         self.temporary.mkdir(mode=0o750)
         self.tables: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.abandon()
 
     def path(self, table: str) -> Path:
         """Where a table is to be written, for those who write it themselves."""

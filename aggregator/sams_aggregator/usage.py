@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from zoneinfo import ZoneInfo
 
 from sams_aggregator import accounts, tables
@@ -30,6 +30,36 @@ _QUERY: Final = """
     LEFT JOIN {path} p USING (path_id)
     WHERE r.status <> 'unresolved' AND r.job_id IS NOT NULL
     ORDER BY r.cluster, r.job_id, r.start_text, r.run, p.path
+"""
+
+
+class Weight(NamedTuple):
+    """What an executable comes to over all runs: core-time (us), CPU (ns), number of runs."""
+
+    core_us: int
+    cpu_ns: int
+    runs: int
+
+
+NOTHING: Final = Weight(0, 0, 0)
+
+
+def weights(store: Store, config: cfg.Config) -> dict[bytes, Weight]:
+    """Each path of the accounts with its weight; accounts are made if they are not there."""
+    made = accounts.current(store, site_of(config))
+    connection = tables.connect()
+    try:
+        rows = connection.execute(
+            _WEIGHTS.format(account=made.source("account"), path=made.source("path"))
+        ).fetchall()
+    finally:
+        connection.close()
+    return {bytes(row[0]): Weight(int(row[1]), int(row[2]), row[3]) for row in rows}
+
+
+_WEIGHTS: Final = """
+    SELECT path, sum(core_us), sum(cpu_ns), count(DISTINCT run)
+    FROM {account} JOIN {path} USING (path_id) WHERE class = 'path' GROUP BY path
 """
 
 

@@ -12,6 +12,7 @@ import gc
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -166,11 +167,21 @@ class Builder:
         end_ns = header.end_ns if header.end_ns is not None else header.begin_ns or 0
         tie = int.from_bytes(blake2b(data, digest_size=8).digest(), "little") & wire.INT64_MAX
         order = (header.generation, header.sequence, tie)
-        self._epochs[header.epoch][order] = _Batch(order, end_ns, header, data, origin, place)
+        self._epochs[_epoch_key(header)][order] = _Batch(order, end_ns, header, data, origin, place)
 
     def _from_json(self, data: bytes) -> bytes:
         options = self._options
         return wire.encode(sams_facts.batch_of_frame(data, options.cluster, options.sams_json_zone))
+
+
+def _epoch_key(header: wire.Header) -> bytes:
+    """The epoch and who sent it: a node that knows another's epoch adds nothing to it."""
+    return header.epoch + _sender(header.claims.cluster, header.claims.node)
+
+
+@lru_cache(maxsize=4096)
+def _sender(cluster: str | None, node: str | None) -> bytes:
+    return blake2b(msgspec.json.encode([cluster, node]), digest_size=16).digest()
 
 
 def work(payloads: Iterable[Payload], options: Options, folder: Path) -> Result:

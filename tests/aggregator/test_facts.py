@@ -75,6 +75,15 @@ def test_any_split_order_repetition_and_compaction_says_the_same(
             assert facts.everything(store, SITE) == whole
 
 
+def test_what_is_compared_holds_records_and_jobs(tmp_path: Path) -> None:
+    batches, output = history(9)
+    with facts.opened(tmp_path) as store:
+        facts.add(store, "all", facts.payloads(batches), OPTIONS)
+        facts.add(store, "sacct", facts.sacct_payloads(output, BEGIN), OPTIONS)
+        said = facts.everything(store, SITE)
+    assert said["xml"].count(b"<sa:JobRecordID>") == len(said["jobs in detail"]) == 4
+
+
 def test_epochs_add_up_and_values_within_an_epoch_do_not(tmp_path: Path) -> None:
     chance = random.Random(1)
     row = synthetic.Row(1, BEGIN, BEGIN + 600, 600, 8, "n1", 1)
@@ -91,6 +100,27 @@ def test_epochs_add_up_and_values_within_an_epoch_do_not(tmp_path: Path) -> None
     assert sum(line[5] for line in said["account"]) == sum(
         one.last.records[0].cpu_ns for one in epochs
     )
+
+
+@pytest.mark.parametrize("said", [{"node": "bad"}, {"cluster": "c2"}, {"cluster": None}])
+def test_nobody_adds_to_the_epoch_of_another_sender(
+    tmp_path: Path, said: dict[str, str | None]
+) -> None:
+    chance = random.Random(1)
+    row = synthetic.Row(1, BEGIN, BEGIN + 600, 600, 8, "n1", 1)
+    one = synthetic.epoch(chance, synthetic.claims(row, "n1"), BEGIN,
+                          [BEGIN + 60, BEGIN + 120], paths=[b"/bin/x"])  # fmt: skip
+    values = {name: getattr(one.last, name) for name in one.last.__struct_fields__}
+    values |= {"generation": 99, "claims": synthetic.claims(row, **{"node": "n1", **said}),
+               "records": [wire.Record(b"/bin/x", 0, None, 1)]}  # fmt: skip
+    with facts.opened(tmp_path) as store:
+        found = facts.payloads([*one.encoded(), wire.encode(wire.Batch(**values))])
+        facts.add(store, "1", found[:2], OPTIONS)
+        # In one unit with it, in another, and after a merge.
+        facts.add(store, "2", found, OPTIONS)
+        compact.compact(store, everything=True)
+        cpu = [row[5] for row in facts.everything(store, SITE)["account"] if row[2] == "path"]
+    assert sum(cpu) == one.last.records[0].cpu_ns + 1
 
 
 def test_the_highest_generation_and_sequence_wins_never_the_largest(tmp_path: Path) -> None:

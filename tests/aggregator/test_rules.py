@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 import threading
@@ -52,7 +53,7 @@ def test_by_hand(config: dict[str, Any], path: str, expected: list[str] | None) 
 
 def test_by_hand_all_at_once() -> None:
     """The same through what is remembered from one path to the next."""
-    assert len(CASES) > 250
+    assert len(CASES) >= 300
     for block in BLOCKS:
         made = Rules.from_config(block["config"], block["name"])
         expected = {as_bytes(p): as_software(e) for p, e in block["cases"].items()}
@@ -452,6 +453,14 @@ def test_version_is_that_of_the_content() -> None:
     ]
     versions = {made.version} | {Rules.from_config(other, "a").version for other in others}
     assert len(versions) == 1 + len(others)
+
+
+@settings(max_examples=200, deadline=None)
+@given(documents)
+def test_the_archived_document_makes_the_same_rules(document: dict[str, Any]) -> None:
+    made = Rules.from_config(document, "a")
+    kept = json.loads(json.dumps(made.document()))
+    assert Rules.from_config(kept, "b").version == made.version
 
 
 def test_findings() -> None:

@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lxml import etree
 
-from sams_aggregator import sams_xml
+from sams_aggregator import report, sams_xml, tables
 from sams_aggregator.rules import Software
 from sams_aggregator.sams_xml import Entry, Record, document, fill, make_record, record_id
 
 SCHEMA = etree.XMLSchema(etree.parse(sams_xml.SCHEMA))
 SECOND = 10**9
+CONNECTION = tables.connect(threads=1)
+CONNECTION.execute(f"CREATE MACRO filled(name, u, p) AS {report._FILLED}")
 NAMES = {name: Software(name, "1", "local") for name in "ABCDEFGH"}
 
 
@@ -133,6 +135,15 @@ TOKENS = ["%%", "%(user)s", "%(project)s", "a", "s", "(user)s", " ", "é"]
 @given(st.lists(st.sampled_from(TOKENS), max_size=8).map("".join))
 def test_filling_is_that_of_python_where_every_sign_is_meant(text: str) -> None:
     assert fill(text, "U", "P") == text % {"user": "U", "project": "P"}
+
+
+@given(
+    st.text("%()sé\n日", max_size=6) | st.lists(st.sampled_from(TOKENS), max_size=8).map("".join)
+)
+def test_reports_fill_in_as_records_do(text: str) -> None:
+    for user in ("%(project)s", None):
+        found = CONNECTION.execute("SELECT filled(?, ?, 'P')", [text, user]).fetchone()
+        assert found == (fill(text, user, "P"),)
 
 
 def test_record_ids() -> None:

@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import golden_sams
+import msgspec
 import pytest
 import sqlalchemy as sa
+import synthetic
 from lxml import etree
 from sams_site import Site
 
@@ -22,6 +25,7 @@ from sams_aggregator import sams_json, sams_xml, software
 from sams_aggregator import state as st
 from sams_aggregator.rules import Rules, Software
 from sams_aggregator.sams_json import Exec, NodeReport
+from sams_ebpf import wire
 
 RULES: dict[str, Any] = {
     "rules": [
@@ -38,6 +42,7 @@ RULES: dict[str, Any] = {
         {"match": {"version": r"(?P<new>\d+\.\d+)\."}, "update": {"version": "%(new)s"}},
     ],
 }
+BEGIN = 1_767_323_045  # 2026-01-02T03:04:05 UTC, when the jobs below begin
 PATHS = [b"/usr/bin/sh", b"/sw/R/4.4.1/bin/R", b"/sw/50%/1/x", b"/opt/y", b"/home/a\xff\x1b/z"]
 
 
@@ -109,18 +114,116 @@ def test_show_and_undetermined(site: Site) -> None:
     assert out == (
         "Path: /sw/50%/1/x\n\tSoftware     : 50%\n\tVersion      : 1\n\tLocal Version: 50%/1\n"
         "\tUser Provided: false\n\tIgnore       : false\n"
+        "\tCore-hours   : 0.000\n\tCPU-hours    : 0.000\n\tJob runs     : 0\n"
         "Path: /sw/R/4.4.1/bin/R\n\tSoftware     : R\n\tVersion      : 4.4\n"
         "\tLocal Version: R/4.4.1\n\tUser Provided: false\n\tIgnore       : false\n"
+        "\tCore-hours   : 0.000\n\tCPU-hours    : 0.000\n\tJob runs     : 0\n"
     )
     shown = json.loads(site.run("software", "show", "--software", "[sR]*", "--json").out)
     assert [(row["path"], row["ignore"]) for row in shown] == [
         ("/sw/R/4.4.1/bin/R", False),
         ("/usr/bin/sh", True),
     ]
-    assert site.run("software", "show", "--path", "*/z").out == (
-        "Path: /home/a\\xff\\x1b/z\n\tSoftware is not determined\n"
+    assert site.run("software", "show", "--path", "*/z").out.startswith(
+        "Path: /home/a\\xff\\x1b/z\n\tSoftware is not determined\n\tCore-hours   : 0.000\n"
     )
     assert site.run("software", "undetermined").out == "/home/a\\xff\\x1b/z\n"
+
+
+def test_show_tells_what_paths_weigh_the_heaviest_first(site: Site) -> None:
+    put(site, report(1), report(2, execs=report(1).execs[1:2]), report(3, node="n2"))
+    accounting = site.folder / "sacct"
+    accounting.write_bytes(synthetic.output([
+        synthetic.Row(1, BEGIN, BEGIN + 3600, 3600, 8, "n1", 1, cluster=golden_sams.CLUSTER),
+    ]))  # fmt: skip
+    site.run("ingest", "--sacct", accounting)
+    noted = site.run("software", "show")
+    assert (noted.out, noted.err.count("5 paths are not mapped")) == ("", 1)
+    site.run("software", "update")
+    shown = json.loads(site.run("software", "show", "--json").out)
+    # Of 8 core-hours 4/10 went to the last, 3/10 to the next, …
+    assert [(row["path"], row["core_us"], row["cpu_ns"], row["runs"]) for row in shown] == [
+        ("/opt/y", 8 * 3600 * 10**6 * 4 // 10, 8 * 10**9, 2),
+        ("/sw/50%/1/x", 8 * 3600 * 10**6 * 3 // 10, 6 * 10**9, 2),
+        ("/sw/R/4.4.1/bin/R", 8 * 3600 * 10**6 * 2 // 10, 6 * 10**9, 3),
+        ("/usr/bin/sh", 8 * 3600 * 10**6 // 10, 2 * 10**9, 2),
+        ("/home/a\\xff\\x1b/z", 0, 0, 0),
+    ]
+    assert (
+        "\tIgnore       : false\n\tCore-hours   : 3.200\n\tCPU-hours    : 0.002\n"
+        "\tJob runs     : 2\n"
+    ) in site.run("software", "show", "--path", "/opt/*").out
+
+
+def test_reports_fill_in_user_and_project(site: Site) -> None:
+    site.document["software"]["rules"][2] |= {"version": "%%(project)s 100%%%%"}
+    site.save()
+    put(site, report(1), report(2, user="bo", account=None))
+    said = json.loads(site.run("report", "--by", "software,version,local_version", "--json").out)
+    rows = {tuple(row[key] for key in said["by"]): row["cpu_ns"] for row in said["rows"]}
+    assert rows["opt", "p1 100%", "al"] == rows["opt", "None 100%", "bo"] == 4 * 10**9
+    assert rows["50%", "1", "50%/1"] == 6 * 10**9
+
+
+def test_no_rule_names_what_has_no_path(site: Site) -> None:
+    """The overflow row is no executable, though an empty regexp matches it."""
+    site.document["software"]["rules"].append(
+        {"match": "", "software": "rest", "version": "", "versionstr": ""}
+    )
+    site.save()
+    row = synthetic.Row(1, BEGIN, BEGIN + 60, 60, 4, "n1", 1, cluster=golden_sams.CLUSTER)
+    one = synthetic.epoch(random.Random(1), synthetic.claims(row, "n1"), BEGIN, [BEGIN + 60],
+                          paths=[b"/x"], unattributed=False).last  # fmt: skip
+    used = one.records[0].cpu_ns
+    overflow = wire.Record(b"", wire.OVERFLOW, None, 5 * 10**9)
+    total = used + overflow.cpu_ns
+    ledger = wire.Ledger(cgroup_cpu_ns=total, attributed_cpu_ns=total, unattributed_cpu_ns=0)
+    batch = msgspec.structs.replace(
+        one, records=[overflow, *one.records], executables=2, ledger=ledger
+    )
+    folder = site.folder / "batches/in"
+    folder.mkdir(parents=True)
+    (folder / "1.msgpack").write_bytes(wire.encode(batch))
+    site.run("ingest", "--batches", folder.parent)
+    said = json.loads(site.run("report", "--json").out)["rows"]
+    found = {row["kind"]: row["cpu_ns"] for row in said if row["cpu_ns"]}
+    assert found == {"software": used, "undetermined": 5 * 10**9}
+    assert "rest" in site.run("software", "show", "--path", "/x").out
+    assert (
+        json.loads(site.run("software", "show", "--path", "", "--json").out)[0]["software"] is None
+    )
+    assert site.run("software", "undetermined").out == ""
+    site.run("extract", "--since", "2020-01-01")
+    assert [name for ((name, *_),) in site.records().values()] == ["rest"]
+    site.run("export-sams-json", site.folder / "json")
+    (file,) = (site.folder / "json").iterdir()
+    assert [one.path for one in sams_json.parse(file.read_bytes()).execs] == [b"(overflow)", b"/x"]
+
+
+def test_every_version_of_the_rules_is_archived(site: Site, tmp_path: Path) -> None:
+    assert site.run("software", "versions").out == ""
+    site.run("software", "update")
+    site.run("report")
+    first = site.document["software"]["rules"]
+    site.document["software"] = {"rules": first[:1], "ready_made": ["system"]}
+    site.save()
+    site.run("software", "update", "--dry-run")
+    site.run("report")
+    site.run("extract")
+    lines = site.run("software", "versions").out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("  3 rules")
+    # What was in force can be had again, though the state is lost.
+    for name in ("state.sqlite", "state.sqlite-wal", "state.sqlite-shm"):
+        (site.folder / "data" / name).unlink(missing_ok=True)
+    site.run("report")
+    assert site.run("software", "versions").out.splitlines() == lines
+    version = lines[0].split("  ")[1]
+    again = tmp_path / "again.yaml"
+    again.write_text(site.run("software", "versions", version[:8]).out)
+    assert Rules.from_file(again).version == version
+    assert Rules.from_config(RULES, "x").version == version
+    assert "such version" in site.run("software", "versions", "zz", status=2).err
 
 
 def test_reset(site: Site) -> None:
@@ -257,13 +360,19 @@ def test_old_mappings_are_dropped_the_last_ones_are_kept(site: Site) -> None:
 
 
 def test_extract_from_first_to_last(site: Site) -> None:
-    put(site, report(1), report(2, user=None, account=None), report(3, execs=report(3).execs[:1]))
+    put(
+        site,
+        report(1),
+        report(2, user=None, account=None),
+        report(3, execs=report(3).execs[:1]),
+        report(4, execs=(Exec(PATHS[1], 0, 0),)),
+    )
     tried = site.run("extract", "--dry-run")
     assert tried.out == "cl.example.org:1:20260102030405 new\ncl.example.org:2:20260102030405 new\n"
     assert not site.out.exists()
     done = site.run("extract")
     assert "1 files written: 2 new records, 0 changed" in done.err
-    assert "1 without CPU in known software" in done.err
+    assert "2 without CPU in known software" in done.err
     assert site.records()["cl.example.org:1:20260102030405"] == [
         ("50%", "1", "50%/1", "false", "33.33"),
         ("R", "4.4", "R/4.4.1", "false", "22.22"),
@@ -355,24 +464,45 @@ def test_runs_that_may_still_change_wait(site: Site) -> None:
 
 
 def test_killed_at_any_moment_the_same_comes_out(site: Site) -> None:
+    extract_with_kills(site, kills=4, jobs=30, seed=4)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_extract_killed_thirty_times(site: Site) -> None:
+    extract_with_kills(site, kills=30, jobs=30, seed=5)
+
+
+def extract_with_kills(site: Site, kills: int, jobs: int, seed: int) -> None:
+    """Kill extracts at random points: every file stays as it was first seen, none comes twice."""
     site.document["aggregator"]["extract"]["jobs_per_file"] = 3
     site.save()
-    put(site, *(report(n) for n in range(1, 31)))
-    chance = random.Random(4)
+    put(site, *(report(n) for n in range(1, jobs + 1)))
+    chance = random.Random(seed)
     seen: dict[str, bytes] = {}
-    for _ in range(4):
+    hit = 0
+    while hit < kills:
         worker = subprocess.Popen(
             site.command("extract"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         )  # fmt: skip
         with worker:
-            began = time.monotonic()
-            count = chance.randint(1, 4) if not seen else len(seen) + chance.randint(0, 3)
-            while worker.poll() is None and time.monotonic() - began < 60:
+            until = time.monotonic() + 60
+            if hit % 3 == 2:
+                # At any time, before the first file of this call too.
+                until = time.monotonic() + chance.uniform(0, 2)
+            count = len(seen) + chance.randint(1, 4)
+            while worker.poll() is None and time.monotonic() < until:
                 if site.out.exists() and len(list(site.out.glob("*.xml"))) >= count:
                     break
                 time.sleep(0.001)
-            worker.send_signal(signal.SIGKILL)
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGKILL)
+                hit += 1
+            else:
+                # All was written before it could be killed.
+                put(site, *(report(n) for n in range(jobs + 1, jobs + 31)))
+                jobs += 30
         found = {path.name: path.read_bytes() for path in site.out.glob("*.xml")}
         assert {name: found[name] for name in seen} == seen
         seen = found
@@ -380,6 +510,6 @@ def test_killed_at_any_moment_the_same_comes_out(site: Site) -> None:
     found = {path.name: path.read_bytes() for path in site.out.glob("*.xml")}
     assert {name: found[name] for name in seen} == seen
     records = b"".join(found.values())
-    assert records.count(b"<sa:JobRecordID>") == 30
-    assert len(site.records()) == 30
+    assert records.count(b"<sa:JobRecordID>") == jobs
+    assert len(site.records()) == jobs
     assert "0 files written: 0 new records, 0 changed" in site.run("extract").err

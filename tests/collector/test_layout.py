@@ -153,3 +153,8 @@ def test_a_new_slot_reads_back() -> None:
 def test_path_hash_is_fnv_1a() -> None:
     assert layout.path_hash(b"") == 0xCBF29CE484222325
     assert layout.path_hash(b"a") == 0xAF63DC4C8601EC8C
+
+
+def test_execs_alone_are_those_of_the_whole() -> None:
+    data = layout.TOTAL.pack(*range(1, 15))
+    assert layout.execs(data) == layout.total(data).counters.execs == 10

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sams_ebpf import leftovers, spool, wire
+from sams_ebpf import leftovers, spool, wire, writer
 
 EPOCH = bytes(range(16))
 RECORD = wire.Record(b"/bin/x", 0, None, 5)
@@ -108,6 +108,16 @@ def test_what_cannot_be_read_is_said_and_does_not_stop_the_others(
     with caplog.at_level(logging.WARNING):
         assert leftovers.close_last_boot(state, folder, "new") == 1
     assert "not a batch" in caplog.text
+
+
+def test_an_epoch_keeps_its_cluster_and_node(places: tuple[Path, Path]) -> None:
+    state, folder = places
+    now = wire.Claims(cluster="c1", node="other", job_id=5, user="u1")
+    assert writer.same_sender(now, state, EPOCH) == now
+    noted(state, folder, batch(0))
+    assert writer.same_sender(now, state, EPOCH) == wire.Claims(node="n1", job_id=5, user="u1")
+    leftovers.forget(state, EPOCH)
+    assert writer.same_sender(now, state, EPOCH) == now
 
 
 def test_an_epoch_whose_collector_was_lost_is_closed_by_its_name(

@@ -454,7 +454,11 @@ def test_temporary_files_of_the_dead_are_removed(folder: Path) -> None:
     for file in (dead, alive):
         os.utime(file, (0, 0))
     box = opened(folder)
+    for name in ("rejected", "shipper"):
+        os.utime(shutil.copy(dead, folder / name), (0, 0))
     box.clean()
+    assert not list((folder / "rejected").iterdir())
+    assert not list((folder / "shipper").glob(".*"))
     assert sorted(f.name for f in folder.iterdir() if f.suffix == ".tmp") == sorted(
         [young.name, alive.name]
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 
-from sams_ebpf import leftovers, wire, writer
+from sams_ebpf import config, leftovers, unclaimed, wire, writer
 from sams_ebpf.meter import Snapshot
 
 
@@ -122,3 +123,42 @@ def test_two_writers_of_an_epoch_share_no_identity(meter: FakeMeter, tmp_path: P
     made(meter, tmp_path).write()
     made(meter, tmp_path).write()
     assert len({batch.identity for batch in spooled(tmp_path)}) == 2
+
+
+def test_who_takes_an_epoch_up_keeps_its_cluster_and_node(meter: FakeMeter, tmp_path: Path) -> None:
+    first = made(meter, tmp_path)
+    first.composer.claims = wire.Claims(cluster="c1", node="n1", job_id=1)
+    assert first.write()
+    assert made(meter, tmp_path).write()
+    assert {(one.claims.cluster, one.claims.node) for one in spooled(tmp_path)} == {("c1", "n1")}
+
+
+def test_an_unclaimed_job_is_who_its_last_collector_said(meter: FakeMeter, tmp_path: Path) -> None:
+    class Slot(FakeMeter):
+        path = b"/slurmstepd.scope/job_7"
+        closed = False
+
+        def live(self) -> int:
+            return 0
+
+        def close(self) -> None:
+            self.closed = True
+
+    site = config.Config(
+        site=config.Site(node="n1"),
+        spool=config.Spool(folder=tmp_path / "spool"),
+        collector=config.Collector(state=tmp_path / "state"),
+    )
+    out = made(meter, tmp_path)
+    for claims in (wire.Claims(node="n1", job_id=7, cgroup=Slot.path, boot_id=writer.boot_id()),
+                   wire.Claims(cluster="c1", node="other", job_id=7, user="u1")):  # fmt: skip
+        slot = Slot()
+        assert unclaimed.clear_one(site, slot)  # type: ignore[arg-type]
+        (batch,) = [one for one in spooled(tmp_path) if one.unclaimed]
+        assert slot.closed
+        assert batch.claims == claims
+        shutil.rmtree(tmp_path / "spool")
+        (tmp_path / "spool").mkdir()
+        # The next one had a collector, which died.
+        out.composer.claims = wire.Claims(cluster="c1", node="other", job_id=7, user="u1")
+        assert out.write()

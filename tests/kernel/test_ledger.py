@@ -118,7 +118,7 @@ def test_the_ledger_closes(
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("case", "hierarchy", "setup"), EVERY)
 def test_the_ledger_closes_in_twenty_of_twenty_runs(
     make_job: MakeJob, case: Case, hierarchy: Hierarchy, setup: SetUp

@@ -144,6 +144,40 @@ def test_a_set_of_another_version_is_left_to_its_own_collectors(node: Node) -> N
     new.close()
 
 
+def test_slots_are_read_alike_where_the_kernel_knows_no_batches(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = node.load()
+    jobs = [node.job(f"job_{number}") for number in range(3)]
+    found = list(slots.used(programs))
+    assert sorted(slot.path for slot in found) == [slots.kernel_path(job) for job in jobs]
+    monkeypatch.setattr(bpf.library(), "bpf_map_lookup_batch", lambda *_: -1)
+    assert list(slots.used(programs)) == found
+    for slot in found:
+        slots.release(programs, slot.id)
+    programs.close()
+
+
+def test_a_later_harvest_tells_what_a_new_collector_would(node: Node, tmp_path: Path) -> None:
+    programs = node.load()
+    job = node.job("job_5")
+    work(job, 3)
+    _, _, meter = account(programs, job)
+    assert {record.script for record in meter.harvest().records} == {None}
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\n/bin/true\n")
+    script.chmod(0o755)
+    enter = f"echo $$ > {job.folder}/cgroup.procs"
+    subprocess.run(["sh", "-c", f"{enter}; {script}; exit 0"], check=True)
+    snapshot = meter.harvest()
+    fresh = BpfMeter(programs, only(programs), job, let_go=slots.release)
+    assert snapshot.records == fresh.harvest().records
+    assert snapshot.processes == fresh.harvest().processes
+    assert os.fsencode(script) in {record.script for record in snapshot.records}
+    fresh.close()
+    programs.close()
+
+
 def test_a_job_is_counted_from_its_first_process_before_anyone_claims_it(node: Node) -> None:
     programs = node.load()
     job = node.job("job_42")

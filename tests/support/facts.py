@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sams_aggregator import accounts, manifest, report, sacct, tables
+from sams_aggregator import accounts, job, manifest, outbox, report, sacct, sams_xml, tables, usage
 from sams_aggregator import config as cfg
 from sams_aggregator import state as st
 from sams_aggregator.manifest import Store
@@ -20,8 +20,9 @@ RULES = {
     b"/usr/bin/bash": Software("system", "", "", ignore=True),
     b"/opt/apps/gromacs/2024.1/bin/gmx_mpi": Software("gromacs", "2024.1", ""),
     b"/opt/apps/python/3.12.4/bin/python3.12": Software("python", "3.12", "3.12.4"),
-    b"/opt/apps/orca/6.0/orca_scf_mpi": Software("orca", "6.0", ""),
+    b"/opt/apps/orca/6.0/orca_scf_mpi": Software("orca", "6.0", "%(user)s"),
 }
+LONG_AFTER = 2_000_000_000 * 10**9
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def add(store: Store, unit: str, found: Sequence[Payload], options: Options) -> 
 
 
 def everything(store: Store, site: accounts.Site) -> dict[str, Any]:
-    """All facts that count, the accounts and a report: equal where the facts are equal."""
+    """All facts that count, accounts, reports and records: equal where the facts are equal."""
     view = manifest.read(store)
     connection = tables.connect()
     said: dict[str, Any] = {}
@@ -72,7 +73,21 @@ def everything(store: Store, site: accounts.Site) -> dict[str, Any]:
     connection = report.open_accounts(made, dict(RULES))
     for keys in (("software", "version", "user", "project", "month"), ("path", "flags")):
         said[",".join(keys)] = sorted(report.rows(connection, keys, report.Filter()), key=repr)
+    said["coverage"] = report.coverage(store, made, report.Filter()).rows
+    ids = connection.execute("SELECT DISTINCT job_id FROM run WHERE job_id IS NOT NULL").fetchall()
+    said["jobs in detail"] = [job.runs(view, site, job_id) for (job_id,) in sorted(ids)]
+    said["xml"] = xml(store, site)
     return said
+
+
+def xml(store: Store, site: accounts.Site) -> bytes:
+    """The SAMS records of all runs that have ended, long after all of them."""
+    config = cfg.Config(site=cfg.Site(cluster=site.cluster),
+                        aggregator=cfg.Aggregator(data=store.data, timezone=site.zone))  # fmt: skip
+    found: list[outbox.Proposal] = []
+    source = usage.FactsSource(store, config, now_ns=LONG_AFTER)
+    outbox.survey(source, RULES, {}, found.append)
+    return sams_xml.document([one.record for one in found], 0)
 
 
 def split(chance: random.Random, items: Sequence[Any], parts: int) -> list[list[Any]]:

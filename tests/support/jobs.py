@@ -36,7 +36,10 @@ END_S = 60
 
 @dataclass(frozen=True)
 class Options:
-    """How a job is to be measured; None: as the collector does by itself."""
+    """How a job is to be measured; None: as the collector does by itself.
+
+    program: what to start, up to the command.
+    """
 
     setup: SetUp = "default"
     interval_s: float = 3600
@@ -44,6 +47,7 @@ class Options:
     total_entries: int | None = None
     mode: str = "bpf"
     loader: str | None = None
+    program: Sequence[str] = COLLECTOR
 
 
 class Collector:
@@ -70,7 +74,7 @@ class Collector:
             ready.settimeout(0.05)
             self.began_ns = time.monotonic_ns()
             self.process = subprocess.Popen(
-                _command(cgroup, job_id, config),
+                _command(options.program, cgroup, job_id, config),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -123,9 +127,9 @@ def _config(spool: Path, folder: Path, options: Options) -> dict[str, Any]:
     return {"collector": collector, "spool": {"folder": str(spool), "keep_free_bytes": 0}}
 
 
-def _command(cgroup: Path, job_id: int, config: Path) -> list[str]:
+def _command(program: Sequence[str], cgroup: Path, job_id: int, config: Path) -> list[str]:
     return [
-        *COLLECTOR,
+        *program,
         *("collect", "--cgroup", str(cgroup), "--jobid", str(job_id), "--config", str(config)),
     ]
 

@@ -13,9 +13,12 @@ from typing import Any
 
 import golden_sams
 import yaml
+from lxml import etree
 
-from sams_aggregator import cli
+from sams_aggregator import cli, sams_xml
 from sams_ebpf import program
+
+_SCHEMA = etree.XMLSchema(etree.parse(sams_xml.SCHEMA))
 
 
 @dataclass
@@ -70,10 +73,12 @@ class Site:
         return Ran(found, out.getvalue(), err.getvalue())
 
     def records(self) -> dict[str, list[golden_sams.Entry]]:
-        """Records of all files, the youngest of each id."""
+        """Records of all files, the youngest of each id; every file keeps to the schema."""
         found: dict[str, list[golden_sams.Entry]] = {}
         for path in sorted(self.out.glob("*.xml"), key=lambda path: path.stat().st_mtime_ns):
-            found |= golden_sams.records(path.read_bytes())
+            body = path.read_bytes()
+            _SCHEMA.assertValid(etree.fromstring(body))
+            found |= golden_sams.records(body)
         return found
 
     def lines(self) -> list[str]:

@@ -112,7 +112,8 @@ def _overview(rows: list[Row], results: dict[str, Any]) -> list[str]:
                 auto,
                 "; ".join(_tests(name, step) for name, step in sorted(steps.items()) if _is(name)),
                 _unit(steps.get("unit")),
-                f"{len(bad)} exceptions, see below" if bad else "as expected",
+                (f"{len(bad)} exceptions, see below" if bad else "as expected")
+                + f"; at {', '.join(sorted({p['commit'] for p in results[row.id].values()}))}",
             )
 
     return _table("| row | kernel | `auto` | tests | a job's unit | outcome |", lines())

@@ -158,6 +158,7 @@ def _boot(
             shutil.copy(log, cache.folder / f"{row.id}-{part}-{log.name}")
         result["missing"] = [x for x in row.parts[part] if x not in result.get("steps", {})]
         result["cpus"] = cpus
+        result["commit"] = run("git", "-C", ROOT, "describe", "--always", "--dirty").strip()
         result["machine_s"] = round(time.monotonic() - began)
         return result
 

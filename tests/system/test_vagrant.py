@@ -86,7 +86,8 @@ def result(part: str, **changes: Any) -> dict[str, Any]:
         "bcc-split": {"tests-bcc-split": {**TESTS, "notes": [BOTH]}},
     }
     steps = {**parts[part], **changes}
-    return {"kernel": "6.1.0", "steps": steps, "missing": [], "machine_s": 60}
+    made = {"kernel": "6.1.0", "commit": "abc1234", "machine_s": 60}
+    return {**made, "steps": steps, "missing": []}
 
 
 def test_every_row_is_whole_and_named_once() -> None:
@@ -118,7 +119,7 @@ def test_a_good_row_has_no_problems_and_shows_its_figures() -> None:
     page = report.page([one], {one.id: parts})
     for shown in (
         "| bpf, libbpf | bcc-split: 3 of 3 passed; libbpf-default: 3 of 3 passed |",
-        "| ended (signal), 2 batches shipped | as expected |",
+        "| ended (signal), 2 batches shipped | as expected; at abc1234 |",
         "| libbpf | 0.002 ms (0.100 %) of 2 cases | - | - | - | exact 3, 40 µs |",
         "| 100.000 ms and 100.010 ms | 0.0100 % | 7 and 7 | 0 and 2 |",
         "| 99.90 % of 0.00 s |",

@@ -81,6 +81,10 @@ static __always_inline void leave(u64 begin)
 
 /* ---- reading a task --------------------------------------------------------------- */
 
+struct columns {
+	u64 of[SAMS_COLUMNS];
+};
+
 static __always_inline void read_columns(struct task_struct *task, enum typing how,
 					 u64 now[SAMS_COLUMNS])
 {
@@ -209,6 +213,30 @@ static __always_inline struct sams_counters *image_of(struct sams_task *row,
 		peak(counters, died - 1);
 	}
 	return counters;
+}
+
+/* Settle a task of a slot at these counters; `pages`: a peak of its memory, 0 for none. */
+SUBPROGRAM charge(struct sams_task *row, struct sams_slot *slot, struct columns *now,
+		  enum settling how, u64 pages)
+{
+	struct sams_counters *counters;
+
+	if (!row || !slot || !now)
+		return 0;
+	counters = image_of(row, slot);
+	settle(row, counters, now->of, how);
+	peak(counters, pages);
+	return 0;
+}
+
+/* Of a task whose free was not seen, what is known. */
+SUBPROGRAM charge_unseen(struct sams_task *row, struct sams_slot *slot)
+{
+	if (!row || !slot)
+		return 0;
+	settle_cpu(row, image_of(row, slot), row->exit_ns, FORWARD);
+	lose(slot, SAMS_LOST_MISSED_DEATHS);
+	return 0;
 }
 
 /* The CPU of the current task up to this moment. */
@@ -367,19 +395,16 @@ static __always_inline u32 executable_of(struct sams_slot *slot, struct task_str
 					 u32 which)
 {
 	struct sams_chain_key key = {.slot_id = slot->id};
-	const char *script = 0;
 	struct climb climb;
 	u32 index, *known;
+	const char *script = 0;
 
 	key.flags = state & SAMS_ROW_OUTSIDE ? SAMS_OUTSIDE : 0;
 	if (option_host_mounts && mount_namespace(task, how) != option_host_mounts)
 		key.flags |= SAMS_FOREIGN;
 	key.flags |= start(&climb, task, how);
-	if (bprm) {
-		script = LOAD(TYPED, bprm, filename);
-		if (script == LOAD(TYPED, bprm, interp))
-			script = 0;
-	}
+	if (bprm && LOAD(TYPED, bprm, filename) != LOAD(TYPED, bprm, interp))
+		script = READ(bprm, filename);
 	if (!script) {
 		key.sum = chain_of(&climb);
 		known = key.sum ? bpf_map_lookup_elem(MAP(chains), &key) : 0;
@@ -405,13 +430,6 @@ static __always_inline void drop_task(u64 key, struct sams_slot *slot)
 		__sync_fetch_and_add(&slot->tasks, -1);
 }
 
-/* Of a task whose free was not seen, what is known. */
-static __always_inline void charge_unseen(struct sams_task *row, struct sams_slot *slot)
-{
-	settle_cpu(row, image_of(row, slot), row->exit_ns, FORWARD);
-	lose(slot, SAMS_LOST_MISSED_DEATHS);
-}
-
 /* Is this row the task's own, not one of an earlier task at the same address? */
 static __always_inline int is_row_of(struct sams_task *row, struct task_struct *task,
 				     enum typing how)
@@ -433,12 +451,12 @@ static __always_inline int is_row_of(struct sams_task *row, struct task_struct *
  * The row of a task, 0 if it has none. A row whose task's free was not seen stays until
  * the harvest finds it, or a task of a job comes to its address.
  */
-static __always_inline struct sams_task *row_of(struct task_struct *task)
+static __always_inline struct sams_task *row_of(struct task_struct *task, enum typing how)
 {
 	u64 key = (u64)task;
 	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
 
-	return row && is_row_of(row, task, TYPED) ? row : 0;
+	return row && is_row_of(row, task, how) ? row : 0;
 }
 
 enum keeping { KEPT, NO_ROOM, THERE_ALREADY };
@@ -481,12 +499,12 @@ static __always_inline enum keeping keep_task(struct task_struct *task, enum typ
 
 /* A row for the process of a task that is not its only thread; 0 if there is one already. */
 static __always_inline int keep_process(struct task_struct *task, enum typing how,
-					struct sams_slot *slot, u32 state)
+					struct sams_slot *slot, u32 state, u64 flags)
 {
 	struct sams_process process = {.slot_id = slot->id, .state = state};
 	u64 key = (u64)LOAD(how, task, signal);
 
-	return !bpf_map_update_elem(MAP(processes), &key, &process, BPF_NOEXIST);
+	return !bpf_map_update_elem(MAP(processes), &key, &process, flags);
 }
 
 static __always_inline int has_threads(struct task_struct *task, enum typing how)
@@ -501,7 +519,7 @@ static __always_inline int has_threads(struct task_struct *task, enum typing how
 static __always_inline void new_task(struct task_struct *child, struct task_struct *parent)
 {
 	u64 key = (u64)child, cgroup = task_cgroup_id(child, option_controller), begin;
-	struct sams_task *origin = row_of(parent), *kept, row = {};
+	struct sams_task *origin = row_of(parent, TYPED), *kept, row = {};
 	struct sams_slot *slot = 0, *home = 0, *owner;
 	int process, inside = 0, same;
 	u32 *id, slot_id;
@@ -552,7 +570,7 @@ static __always_inline void new_task(struct task_struct *child, struct task_stru
 		}
 	} else if (home && !(origin->state & SAMS_ROW_THREADED)) {
 		origin->state |= SAMS_ROW_THREADED;
-		keep_process(child, TYPED, home, origin->state);
+		keep_process(child, TYPED, home, origin->state, BPF_ANY);
 	}
 	/* Last, when little else is known: what follows is checked once for all that came before. */
 	if (!same) {
@@ -587,10 +605,10 @@ static __always_inline u64 image_peak(struct task_struct *task, struct sams_task
 
 static __always_inline void exec(struct task_struct *task, struct linux_binprm *bprm)
 {
-	struct sams_task *row = row_of(task);
-	u64 begin, most, now[SAMS_COLUMNS];
-	struct sams_counters *counters;
+	struct sams_task *row = row_of(task, TYPED);
 	struct sams_slot *slot;
+	struct columns now;
+	u64 begin, most;
 
 	if (!row || is_off())
 		return;
@@ -598,15 +616,12 @@ static __always_inline void exec(struct task_struct *task, struct linux_binprm *
 	slot = slot_of(row->slot_id);
 	if (!slot)
 		return;
-	counters = image_of(row, slot);
-	read_columns(task, TYPED, now);
-	now[SAMS_CPU] = cpu_of_current(task, slot);
-	settle(row, counters, now, FORWARD);
+	read_columns(task, TYPED, now.of);
+	now.of[SAMS_CPU] = cpu_of_current(task, slot);
 	most = image_peak(task, row, 0); /* the old memory has gone, and is in `maxrss` */
-	if (most) {
-		peak(counters, most);
+	charge(row, slot, &now, FORWARD, most);
+	if (most)
 		row->rss_base_pages = most;
-	}
 	row->image = SAMS_IMAGE(executable_of(slot, task, TYPED, row->state, bprm, SCRATCH_EXEC)) |
 		     SAMS_IMAGE_EXEC;
 	leave(begin);
@@ -632,7 +647,7 @@ static __always_inline int process_died(struct task_struct *task, struct sams_ta
 	if (!(state & SAMS_ROW_THREADED)) {
 		if (live) {
 			/* Taken up at the moment in which it made its first thread. */
-			keep_process(task, TYPED, slot, state);
+			keep_process(task, TYPED, slot, state, BPF_NOEXIST);
 			return 0;
 		}
 	} else {
@@ -661,7 +676,7 @@ static __always_inline int process_died(struct task_struct *task, struct sams_ta
 /* What is known here is kept in the row, in case that the task's free is not seen. */
 static __always_inline void exits(struct task_struct *task)
 {
-	struct sams_task *row = row_of(task);
+	struct sams_task *row = row_of(task, TYPED);
 	struct sams_slot *slot;
 	u64 begin;
 
@@ -705,9 +720,10 @@ static __always_inline void charge_refused(struct task_struct *task)
 /* The task's counters will not change any more: charge what is missing, let the row go. */
 static __always_inline void finalise(struct task_struct *task)
 {
-	struct sams_task *row = row_of(task);
-	u64 begin, now[SAMS_COLUMNS];
+	struct sams_task *row = row_of(task, TYPED);
 	struct sams_slot *slot;
+	struct columns now;
+	u64 begin;
 
 	if (!row) {
 		charge_refused(task);
@@ -718,8 +734,8 @@ static __always_inline void finalise(struct task_struct *task)
 	begin = enter();
 	slot = slot_of(row->slot_id);
 	if (slot) {
-		read_columns(task, TYPED, now);
-		settle(row, image_of(row, slot), now, BOUNDARY);
+		read_columns(task, TYPED, now.of);
+		charge(row, slot, &now, BOUNDARY, 0);
 	}
 	drop_task((u64)task, slot);
 	leave(begin);
@@ -770,7 +786,7 @@ static __always_inline void move_process(struct task_struct *task, struct sams_s
 	struct sams_slot *from = 0;
 
 	if (!process) {
-		if (to && keep_process(task, BARE, to, 0))
+		if (to && keep_process(task, BARE, to, 0, BPF_NOEXIST))
 			count_move(0, to);
 		return;
 	}
@@ -803,7 +819,8 @@ static __always_inline void move(struct task_struct *task, struct walk *walk)
 {
 	struct sams_slot *to = walk->to_id ? slot_of(walk->to_id) : 0, *from;
 	u64 key = (u64)task;
-	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key), fresh = {};
+	struct sams_task *row = row_of(task, BARE), fresh = {};
+	struct columns now;
 	int with_process = walk->head || is_leader(task, BARE), was_inside;
 
 	if (!row) {
@@ -831,8 +848,8 @@ static __always_inline void move(struct task_struct *task, struct walk *walk)
 	if (from) {
 		/* The counters of both cgroups change over at the task's counter as it stands:
 		 * a running slice will be charged where the task is when it ends. */
-		read_columns(task, BARE, fresh.charged);
-		settle(row, image_of(row, from), fresh.charged, BOUNDARY);
+		read_columns(task, BARE, now.of);
+		charge(row, from, &now, BOUNDARY, 0);
 	}
 	if (to) {
 		if (!from || to->id != from->id) {
@@ -882,9 +899,9 @@ static __always_inline struct task_struct *with_image(struct task_struct *leader
 /* A function of its own: its stack is free again when the walk needs one. */
 static APART void plan(struct walk *walk, struct task_struct *task)
 {
-	u64 key = (u64)READ(task, signal), task_key = (u64)task;
+	u64 key = (u64)READ(task, signal);
 	struct sams_process *process = bpf_map_lookup_elem(MAP(processes), &key);
-	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &task_key);
+	struct sams_task *row = row_of(task, BARE);
 	struct sams_slot *slot = 0;
 	u32 state = 0;
 
@@ -1205,16 +1222,16 @@ static __always_inline int settle_row(u64 key)
 {
 	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
 	struct task_struct *task = (void *)key;
-	u64 now[SAMS_COLUMNS];
-	struct sams_counters *counters;
+	struct columns now;
 	struct sams_slot *slot;
 	struct mm_struct *mm;
+	u64 pages = 0, most;
 	int dead;
 
 	if (!row)
 		return 0;
 	slot = slot_of(row->slot_id);
-	read_columns(task, BARE, now);
+	read_columns(task, BARE, now.of);
 	mm = READ(task, mm);
 	dead = task_state(task, BARE) & TASK_DEAD;
 	/* Last, so that what was read above was this task's. */
@@ -1226,12 +1243,13 @@ static __always_inline int settle_row(u64 key)
 		row->slot_id = 0;
 		return 1;
 	}
-	counters = image_of(row, slot);
-	settle(row, counters, now, dead ? BOUNDARY : FORWARD);
 	if (mm && is_leader(task, BARE)) {
-		peak(counters, mm_rss_pages(mm));
-		peak(counters, READ(mm, hiwater_rss));
+		pages = mm_rss_pages(mm);
+		most = READ(mm, hiwater_rss);
+		if (most > pages)
+			pages = most;
 	}
+	charge(row, slot, &now, dead ? BOUNDARY : FORWARD, pages);
 	return 0;
 }
 
@@ -1246,7 +1264,7 @@ static __always_inline void take_up(struct task_struct *task)
 	cgroup = task_cgroup_id(task, option_controller);
 	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
 	slot = id ? slot_of(*id) : 0;
-	if (!slot || row_of(task))
+	if (!slot || row_of(task, TYPED))
 		return;
 	if (LOAD(TYPED, task, exit_state) || LOAD(TYPED, task, flags) & PF_EXITING)
 		return;
@@ -1257,7 +1275,7 @@ static __always_inline void take_up(struct task_struct *task)
 		row.state = SAMS_ROW_THREADED;
 	if (keep_task(task, TYPED, &row, slot) != KEPT)
 		return;
-	if (!row.state || keep_process(task, TYPED, slot, 0)) {
+	if (!row.state || keep_process(task, TYPED, slot, 0, BPF_NOEXIST)) {
 		__sync_fetch_and_add(&slot->adopted, 1);
 		__sync_fetch_and_add(&slot->live, 1);
 	}

@@ -193,6 +193,17 @@ static __always_inline u64 task_cgroup_id(struct task_struct *task, u32 controll
 }
 
 /*
+ * SUBPROGRAM name(…): a function that the verifier checks once and not at every call, which
+ * keeps the loading short. Arguments that point to memory came with e5069b9c23b3 ("bpf:
+ * Support pointers in global func args") (in v5.12).
+ */
+#ifdef NO_TYPED_POINTERS
+#define SUBPROGRAM static __always_inline int
+#else
+#define SUBPROGRAM __attribute__((noinline)) int
+#endif
+
+/*
  * REPEAT(times, step, state): step(i, &state) until it says 1. bpf_loop() came with
  * e6f2dd0f8067 ("bpf: Add bpf_loop helper") (in v5.17); without it only short walks pass
  * the verifier.

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0) */
 /*
  * The maps. All are pre-allocated: programs at tracepoints must not allocate on kernels
- * before 6.1. The loader sets the sizes. Never LRU, since a map that is full must be told, but
- * for `chains`, which only spares work.
+ * before 6.1. The loader sets the sizes. Never LRU: a map that is full must be told, and what
+ * is read must not be another key's by then.
  */
 #ifndef SAMS_MAPS_H
 #define SAMS_MAPS_H
@@ -40,7 +40,7 @@ struct {
 } names SEC(".maps");
 
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 8192);
 	__type(key, struct sams_chain_key);
 	__type(value, u32); /* index of its total */

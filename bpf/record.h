@@ -110,7 +110,8 @@ struct sams_name {
 	char script[SAMS_SCRIPT_MAX];
 };
 
-/* Which executable a chain of dentries was found to be: see path.h. */
+/* Which executable a chain of dentries was found to be: see path.h. Where there is no room for
+ * another one, its text is looked at each time. */
 struct sams_chain_key {
 	__u32 slot_id;
 	__u32 flags;
@@ -198,7 +199,8 @@ struct sams_node {
 	__u64 slots_full;
 };
 
-/* Per CPU: what the programs cost, from one event in SAMS_COST_SAMPLE. */
+/* Per CPU: what the programs cost, from one event of a job in SAMS_COST_SAMPLE, by chance.
+ * Telling that a task is in no job comes before, and is not in it. */
 struct sams_cost {
 	__u64 events;
 	__u64 sampled_ns;

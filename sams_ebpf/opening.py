@@ -136,7 +136,22 @@ class Opener:
         with pins.lock():
             # Once more: a set without jobs that is not to stay may be gone by now.
             used = pins.load(self._options, self._loader, stay=False)
-            return self._meter(used, slots.take(used, cgroup), cgroup)
+            taken = slots.take(used, cgroup)
+            # Recognised after all, since it was looked for: the tasks are in that slot.
+            made = [
+                (owner, slot)
+                for owner, slot in self._slots()
+                if slot.id != taken.id
+                and slot.path == taken.path
+                and self._run.has(slot.birth_ns)
+                and slots.claim_of(owner, slot.id) is None
+            ]
+            if not made:
+                return self._meter(used, taken, cgroup)
+            owner, slot = made[0]
+            slots.lead(owner, slot, cgroup)
+            slots.release(used, taken.id)
+            return self._meter(owner, slot)
 
     def _meter(self, used: ProgramSet, slot: layout.Slot, cgroup: Cgroup | None = None) -> BpfMeter:
         where = cgroup or place(os.fsdecode(slot.path), self._tree)

@@ -286,7 +286,7 @@ def _load_object(
             "processes": options.tasks,
             "totals": options.executables,
             "names": options.executables,
-            "chains": options.executables,
+            "chains": 2 * options.executables,
             "splits": options.executables,
             "cgroups": options.cgroups,
             "clocks": possible_cpus(),

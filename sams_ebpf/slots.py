@@ -104,6 +104,12 @@ def take(programs: ProgramSet, cgroup: Cgroup) -> layout.Slot:
     return slot
 
 
+def lead(programs: ProgramSet, slot: layout.Slot, cgroup: Cgroup) -> None:
+    """Let a cgroup, and what is made at its path, lead to this slot and no other."""
+    programs.maps["jobs"].update(layout.U64.pack(slot.path_hash), layout.U32.pack(slot.id))
+    note(programs, slot.id, cgroup)
+
+
 def note(programs: ProgramSet, slot_id: int, cgroup: Cgroup) -> None:
     """Tell the kernel side that a cgroup and all below it belong to a slot.
 

@@ -72,10 +72,13 @@ class Listening:
         turned away meanwhile; but who came in by what was read before has to come in again.
         """
         listener = self._front.listener
+        secret_file = None if listener.proxy is None else listener.proxy.secret_file
+        if listener.tls is None and secret_file is None:
+            return True
         try:
             context = None if listener.tls is None else tls_context(listener.tls)
-            if listener.proxy is not None and listener.proxy.secret_file is not None:
-                self._front.proxy_secret = read_proxy_secret(listener.proxy.secret_file)
+            if secret_file is not None:
+                self._front.proxy_secret = read_proxy_secret(secret_file)
         except UsageError as error:
             log.error("%s: %s; what was read before stays in force", listener.address, error)
             return False

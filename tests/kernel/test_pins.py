@@ -192,6 +192,43 @@ def test_a_job_is_counted_from_its_first_process_before_anyone_claims_it(node: N
     programs.close()
 
 
+def test_a_row_left_by_an_earlier_task_is_not_taken_for_its_successor_s(node: Node) -> None:
+    """Where a free goes unseen, a row stays at an address at which another task may come."""
+    programs = node.load()
+    first, second = node.job("job_1"), node.job("job_2")
+    (earlier,) = [slot for slot in slots.used(programs) if slot.path.endswith(b"/job_1")]
+    rows = programs.maps["tasks"]
+    with subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL) as process:
+        for cgroup in (Path(first.folder), Path(first.folder).parent):
+            (cgroup / "cgroup.procs").write_text(str(process.pid))
+            if cgroup == Path(first.folder):
+                ((key, row),) = [(key, rows.lookup(key)) for key in rows.all_keys()]
+        assert rows.all_keys() == [], "a process from elsewhere is let go"
+        assert row is not None
+        values = list(layout.TASK.unpack(row))
+        values[1] = values[2] = process.pid - 1  # pid, tgid
+        values[5] -= 10**9  # start_ns
+        values[-2] = values[7] + 5_000_000  # exit_ns: what it had more than was charged
+        rows.update(key, layout.TASK.pack(*values))
+        before = slots.read(programs, earlier.id)
+        (Path(second.folder) / "cgroup.procs").write_text(str(process.pid))
+        assert rows.all_keys() == [key]
+        process.kill()
+    after = slots.read(programs, earlier.id)
+    assert before is not None
+    assert after is not None
+    assert after.lost["missed_deaths"] == before.lost["missed_deaths"] + 1
+    assert after.moved_out == before.moved_out == 1
+    ledger, processes, meter = account(programs, second)
+    assert closes(ledger), ledger
+    assert (processes.moved_in, processes.exits, processes.live) == (1, 1, 0)
+    meter.close()
+    ledger, processes, meter = account(programs, first)
+    assert ledger.attributed_cpu_ns >= 5_000_000, "what was known of the earlier task is charged"
+    meter.close()
+    programs.close()
+
+
 def test_a_job_s_cgroup_removed_and_made_again_is_the_same_job(node: Node) -> None:
     programs = node.load()
     job = node.job("job_7")
@@ -279,6 +316,27 @@ def test_runs_that_nobody_has_claimed_yet_are_kept_apart(node: Node) -> None:
     assert old.epoch != new.epoch
     for slot in (old, new):
         slots.release(programs, slot.id)
+    programs.close()
+
+
+def test_a_slot_taken_by_hand_gives_way_to_the_kernel_s_own(node: Node) -> None:
+    """Both were made at once: the tasks are in the kernel's, and stay there."""
+    programs = node.load()
+    job = node.job("job_14")
+    made = only(programs)
+    work(job, 2)
+    taken = slots.take(programs, job)
+    slots.lead(programs, made, job)
+    slots.release(programs, taken.id)
+    assert only(programs).id == made.id
+    work(job, 3)
+    Path(job.folder).rmdir()
+    node.job("job_14")
+    work(job, 4)
+    ledger, processes, meter = account(programs, job)
+    assert (processes.forks, processes.exits, processes.moved_out) == (9, 12, 0)
+    assert ledger.attributed_cpu_ns > 0
+    meter.close()
     programs.close()
 
 

@@ -489,6 +489,14 @@ def test_a_proxy_over_tcp_needs_its_secret(tmp_path: Path) -> None:
         assert send(receiver.url, headers={"X-Sams-Proxy-Secret": "s" * 64}) == 401
         assert nodes_stored(receiver) == []
         assert send(receiver.url, headers=name | {"X-Sams-Proxy-Secret": "s" * 64}) == 200
+        # Rotated: the old one is out with the reload.
+        private(secret, "r" * 64 + "\n")
+        reload(receiver)
+        assert send(receiver.url, headers=name | {"X-Sams-Proxy-Secret": "s" * 64}) == 403
+        old = len(nodes_stored(receiver))
+        new = name | {"X-Sams-Proxy-Secret": "r" * 64}
+        assert send(receiver.url, sequence=1, headers=new) == 200
+        assert len(nodes_stored(receiver)) == old + 1
 
 
 def test_the_socket_is_closed_to_others(tmp_path: Path) -> None:

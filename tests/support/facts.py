@@ -74,8 +74,10 @@ def everything(store: Store, site: accounts.Site) -> dict[str, Any]:
     for keys in (("software", "version", "user", "project", "month"), ("path", "flags")):
         said[",".join(keys)] = sorted(report.rows(connection, keys, report.Filter()), key=repr)
     said["coverage"] = report.coverage(store, made, report.Filter()).rows
-    ids = connection.execute("SELECT DISTINCT job_id FROM run WHERE job_id IS NOT NULL").fetchall()
-    said["jobs in detail"] = [job.runs(view, site, job_id) for (job_id,) in sorted(ids)]
+    ids = connection.execute(
+        "SELECT DISTINCT job_id, cluster FROM run WHERE job_id IS NOT NULL ORDER BY ALL"
+    ).fetchall()
+    said["jobs in detail"] = [job.runs(view, site, *one) for one in ids]
     said["xml"] = xml(store, site)
     return said
 

@@ -116,7 +116,10 @@ def check(run: Run, figures: dict[str, int], *, slack_ns: int = 0) -> None:
         # Slurm removes the cgroup before the last batch, so the reading is mostly older than the
         # totals and can only be too small. What the two say at one moment is compared while a
         # job is there: test_node.py.
-        allowed = max(ledger.cgroup_cpu_ns // 1000, 1_000_000) + TICK_NS
+        moves = 0
+        if last.processes is not None:
+            moves = (last.processes.moved_in or 0) + (last.processes.moved_out or 0)
+        allowed = max(ledger.cgroup_cpu_ns // 1000, 1_000_000) + TICK_NS * moves
         assert ledger.attributed_cpu_ns >= ledger.cgroup_cpu_ns - allowed
         assert ledger.age_ns or ledger.attributed_cpu_ns <= ledger.cgroup_cpu_ns + allowed
     processes = last.processes

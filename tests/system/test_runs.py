@@ -211,6 +211,37 @@ def test_a_collector_that_was_deaf_when_the_next_run_began(job: Job) -> None:
     assert job.run_of(1) == []
 
 
+def test_a_run_that_began_in_the_slot_of_one_whose_collector_was_lost(job: Job) -> None:
+    """The first run is closed as far as it is known, the second counted from there on."""
+    node = job.node
+    first = job.prolog()
+    job.node.machine.path(PARENT).mkdir(parents=True, exist_ok=True)
+    lost = node.machine.spawn(job.command(first))
+    figures = job.work("short=10", "burn=60")
+    wait_for("the claim", lambda: node.status()["programs"]["sets"][0]["unclaimed"] == 0)
+    for pid in collectors(job, first):
+        os.kill(pid, signal.SIGKILL)
+    lost.communicate()
+    job.epilog(first)
+    second = job.prolog()
+    with busy(job):
+        time.sleep(0.3)  # counted where nobody can tell it from the first run's
+        collector = node.machine.spawn(job.command(second))
+        wait_for("the second run's batch", lambda: job.run_of(1))
+        job.epilog(second)
+    _, errors = collector.communicate(timeout=60)
+    assert collector.returncode == 0, errors
+    (one,) = [run for run in node.of(job.id) if run.last.unclaimed]
+    assert one.execs(f"{BIN}/short") == figures["short"]
+    assert one.ledger.lost[tracing.LATER_RUN] > 0
+    (run,) = job.run_of(1)
+    assert len(run.finals) == 1
+    assert run.execs(f"{BIN}/short") == 0
+    assert run.cpu_ns(f"{BIN}/burn") > 0
+    assert run.ledger.unattributed_by["before_attach"] > 0
+    assert tracing.LATER_RUN not in run.ledger.lost
+
+
 def test_sampled_runs_do_not_continue_each_other(job: Job) -> None:
     """The first run's collector was lost for good; the second run's unit has the same name."""
     node = job.node

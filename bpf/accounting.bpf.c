@@ -896,7 +896,8 @@ static __always_inline struct task_struct *with_image(struct task_struct *leader
 	return i < 8 ? task : leader;
 }
 
-static __always_inline void plan(struct walk *walk, struct task_struct *task)
+/* A function of its own: its stack is free again when the walk needs one. */
+static APART void plan(struct walk *walk, struct task_struct *task)
 {
 	u64 key = (u64)READ(task, signal);
 	struct sams_process *process = bpf_map_lookup_elem(MAP(processes), &key);

@@ -66,41 +66,71 @@ PROGRAM(on_calibrate, "sched_switch")
 #else
 
 /*
- * The headers of a distribution do not describe run queues. But when a task wakes up its
- * new child on this CPU and within one group, update_curr() has just set the exec_start of
- * the running task to the run queue's clock: the distance from the CPU's clock counter is
- * taken then. It ages as interrupts and steal are taken off, so an older one is not used.
+ * The headers of a distribution do not describe run queues. But rq->clock as it was when a
+ * task came to its CPU stands in sched_info.last_arrival, and rq->clock_task of the same
+ * moment in se.exec_start, until that is brought up to date. So the former gives the
+ * distance of rq->clock from the CPU's clock counter, once; and their difference, the time
+ * of interrupts and steal until then (0 on kernels that do not take it off). It only grows,
+ * and what is seen once exec_start has moved on looks smaller: the largest is right.
+ *
+ * After a second on the CPU without a switch it may be too old, and is not used.
  */
 #define SAMS_CLOCK_AGE 1000000000ULL
+#define CLOCK_LAG(cost) (*(s64 *)&(cost)->clock_samples)
+
+static __always_inline void note_lag(struct sams_cost *cost, s64 lag)
+{
+	if (lag > CLOCK_LAG(cost))
+		CLOCK_LAG(cost) = lag;
+}
 
 static __always_inline s64 running_slice(struct task_struct *current)
 {
 	struct bpf_perf_event_value value = {};
 	struct sams_cost *cost = this_cpu();
+	u64 arrival, start, now;
 	s64 slice;
 
-	if (!option_slices || !cost || !cost->clock_samples)
-		return -1;
-	if (bpf_ktime_get_ns() - cost->clock_samples > SAMS_CLOCK_AGE)
+	if (!option_slices || !cost || !cost->clock_offset_ns)
 		return -1;
 	if (bpf_perf_event_read_value(MAP(clocks), BPF_F_CURRENT_CPU, &value, sizeof(value)))
 		return -1;
-	slice = (s64)(value.counter + cost->clock_offset_ns) - (s64)READ(current, se.exec_start);
+	now = value.counter + cost->clock_offset_ns;
+	arrival = READ(current, sched_info.last_arrival);
+	start = READ(current, se.exec_start);
+	note_lag(cost, arrival - start);
+	if ((s64)(now - arrival) > (s64)SAMS_CLOCK_AGE)
+		return -1;
+	slice = now - CLOCK_LAG(cost) - start;
 	return slice > 0 ? slice : 0;
 }
 
-PROGRAM(on_wakeup_new, "sched_wakeup_new")
+/*
+ * Attached for a moment by the loader. The task that leaves is the one that came at the
+ * switch before, when this program read the counter and its exec_start. Both are kept
+ * where the programs' own cost stands later, which begins anew after a second.
+ */
+PROGRAM(on_calibrate, "sched_switch")
 {
 	struct bpf_perf_event_value value = {};
-	struct task_struct *current = (void *)bpf_get_current_task(), *child = (void *)ARG(0);
+	struct task_struct *leaving = (void *)ARG(1), *coming = (void *)ARG(2);
 	struct sams_cost *cost = this_cpu();
+	u64 arrival = READ(leaving, sched_info.last_arrival);
+	s64 offset;
 
-	if (!cost || READ(child, se.cfs_rq) != READ(current, se.cfs_rq))
+	if (!cost)
 		return 0;
 	if (bpf_perf_event_read_value(MAP(clocks), BPF_F_CURRENT_CPU, &value, sizeof(value)))
 		return 0;
-	cost->clock_offset_ns = (s64)READ(current, se.exec_start) - (s64)value.counter;
-	cost->clock_samples = bpf_ktime_get_ns();
+	/* The idle task, PID 0, has no exec_start. */
+	if (cost->window_start_ns && READ(leaving, pid)) {
+		offset = arrival - cost->window_start_ns;
+		if (!cost->clock_offset_ns || offset > cost->clock_offset_ns)
+			cost->clock_offset_ns = offset;
+		note_lag(cost, arrival - cost->window_ns);
+	}
+	cost->window_start_ns = value.counter;
+	cost->window_ns = READ(coming, se.exec_start);
 	return 0;
 }
 

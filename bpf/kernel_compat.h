@@ -62,6 +62,14 @@ enum typing { BARE, TYPED };
 #define LOAD(typing, pointer, field) ((void)(typing), READ(pointer, field))
 #endif
 
+/* A function that is called, where a loop is one as well: the stack of a program, 512 bytes, is
+ * counted together with that of the deepest call. */
+#ifdef NO_BPF_LOOP
+#define APART __always_inline
+#else
+#define APART __attribute__((noinline))
+#endif
+
 #define container(pointer, type, member) \
 	((type *)((char *)(pointer) - bpf_core_field_offset(type, member)))
 
@@ -201,7 +209,7 @@ static __always_inline u64 task_cgroup_id(struct task_struct *task, u32 controll
  * the verifier.
  */
 #ifdef NO_BPF_LOOP
-#define SAMS_GROUP_THREADS 16
+#define SAMS_GROUP_THREADS 10 /* 5.10's verifier gives up somewhere above */
 #define STEP		   static __always_inline long
 #define REPEAT(times, step, state)                 \
 	for (u32 _i = 0; _i < (times); _i++) {     \

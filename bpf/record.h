@@ -207,7 +207,7 @@ struct sams_cost {
 	__u64 window_start_ns;
 	__u64 window_ns;
 	__s64 clock_offset_ns; /* rq->clock - the CPU clock counter of this CPU */
-	__u64 clock_samples; /* 0: none yet; with BCC when the last was taken */
+	__u64 clock_samples;   /* 0: none yet; with BCC what rq->clock_task is behind rq->clock */
 };
 /* A job's cgroup made again while nobody has claimed its slot yet is taken for the same run's
  * for so long: Slurm lets a requeued job wait longer, unless told otherwise. */

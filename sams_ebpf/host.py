@@ -55,6 +55,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 # Names of attempts.
 PRIVILEGES: Final = "privileges"
 BPF_SYSCALL: Final = "bpf() answers"
+LOCKDOWN: Final = "kernel lockdown"
 BTF: Final = "kernel BTF"
 BPFFS: Final = "bpffs"
 OBJECT: Final = "BPF object"
@@ -88,8 +89,8 @@ class Way(msgspec.Struct, frozen=True):
 
 # Best first: the order in which `auto` tries.
 WAYS: Final = (
-    Way("bpf", "libbpf", (CGROUPS, LOAD_LIBBPF), (BPF_SYSCALL, OBJECT, LIBBPF, BTF)),
-    Way("bpf", "bcc", (CGROUPS, LOAD_BCC), (BPF_SYSCALL, BCC, HEADERS)),
+    Way("bpf", "libbpf", (CGROUPS, LOAD_LIBBPF), (LOCKDOWN, BPF_SYSCALL, OBJECT, LIBBPF, BTF)),
+    Way("bpf", "bcc", (CGROUPS, LOAD_BCC), (LOCKDOWN, BPF_SYSCALL, BCC, HEADERS)),
     Way("proc", None, (CGROUPS, CLOCKS)),
 )
 

@@ -23,6 +23,7 @@ from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Attempt, Choice, Facts, Loader, Tree, Verdict, Way
 
 BTF_FILE: Final = Path("/sys/kernel/btf/vmlinux")
+LOCKDOWN_FILE: Final = Path("/sys/kernel/security/lockdown")
 BPFFS_FOLDER: Final = Path("/sys/fs/bpf")
 OBJECT: Final = Path(__file__).with_name("_bpf") / "accounting.bpf.o"
 PROGRAMS: Final = "sams_ebpf.programs"
@@ -72,10 +73,10 @@ def gather() -> Facts:
         _clocks(),
         _executables(),
     ]
-    answers = any(a.name == host.BPF_SYSCALL and a.ok for a in attempts)
+    without = [a for a in attempts if a.name in (host.BPF_SYSCALL, host.LOCKDOWN) and a.ok is False]
     for loader, name in _LOADS.items():
         attempts.append(
-            _load(loader) if answers else Attempt(name, None, "not tried: bpf() does not answer")
+            Attempt(name, None, f"not tried: {without[0].name}") if without else _load(loader)
         )
     return Facts(attempts=tuple(attempts), trees=trees, proxy_execution=_proxy_execution())
 
@@ -133,6 +134,18 @@ def _privileges() -> Attempt:
     able = "CAP_SYS_ADMIN" in held or {"CAP_BPF", "CAP_PERFMON"} <= held
     text = f"uid {os.geteuid()}" + (f", without {', '.join(missing)}" if missing else "")
     return Attempt(host.PRIVILEGES, able, text)
+
+
+def _lockdown() -> Attempt:
+    """See whether programs may read kernel memory (kernel_lockdown(7))."""
+    try:
+        levels = LOCKDOWN_FILE.read_text(encoding="ascii")
+    except OSError:
+        return Attempt(host.LOCKDOWN, None, f"{LOCKDOWN_FILE}: cannot be read")
+    level = levels.partition("[")[2].partition("]")[0]
+    if level != "confidentiality":
+        return Attempt(host.LOCKDOWN, True, level or levels.strip())
+    return Attempt(host.LOCKDOWN, False, "confidentiality: programs may not read kernel memory")
 
 
 def _btf() -> Attempt:
@@ -221,6 +234,7 @@ def _load(loader: Loader) -> Attempt:
 
 _LOADS: Final[dict[Loader, str]] = {"libbpf": host.LOAD_LIBBPF, "bcc": host.LOAD_BCC}
 _PREREQUISITES: Final[dict[str, Callable[[], Attempt]]] = {
+    host.LOCKDOWN: _lockdown,
     host.BPF_SYSCALL: try_bpf,
     host.BTF: _btf,
     host.OBJECT: _object,

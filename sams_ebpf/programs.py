@@ -41,8 +41,8 @@ TRACEPOINTS: Final = {
     "on_mkdir": "cgroup_mkdir",
     "on_rmdir": "cgroup_rmdir",
 }
-# Keeps the clock for those that BCC compiled (see bpf/clock.h).
-BCC_TRACEPOINTS: Final = {"on_wakeup_new": "sched_wakeup_new"}
+# Attached for a moment, to tell the distance of two clocks (see bpf/clock.h).
+CALIBRATE: Final = "on_calibrate"
 BY_HAND: Final = ("harvest", "find", "adopt")
 ITERATORS: Final = {"harvest": "tasks", "adopt": None}
 MAPS: Final = (
@@ -195,10 +195,10 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
     if loader == "bcc":
         return _load_with_bcc(options)
     attached = options.attached()
-    wanted = attached | set(ITERATORS) | {"on_calibrate"}
+    wanted = attached | set(ITERATORS) | {CALIBRATE}
     maps, programs, typed = _load_first(options, wanted)
     _prepare(maps)
-    _calibrate(programs["on_calibrate"], typed=typed)
+    _calibrate(programs[CALIBRATE], typed=typed)
     links = _attach(programs, attached, typed=typed)
     iterators = {
         name: bpf.attach_iterator(programs[name], maps[over] if over else None)
@@ -235,7 +235,7 @@ def _load_with_bcc(options: Options) -> ProgramSet:
     """Maps from the object, as with libbpf; programs compiled by BCC."""
     # CO-RE is not needed to make maps, and libbpf asks for BTF where it might be.
     maps, _ = _load_object(OBJECT, options, set(), own_btf=True)
-    attached = options.attached() | set(BCC_TRACEPOINTS)
+    attached = options.attached()
     rodata = _Rodata()
     _fill_options(rodata, options, slices=True)
     constants = {
@@ -249,8 +249,9 @@ def _load_with_bcc(options: Options) -> ProgramSet:
     fds = {name: one.fd for name, one in maps.items()}
     from sams_ebpf import bcc_loader  # noqa: PLC0415 (few nodes need it)
 
-    made = bcc_loader.load(fds, constants, attached | set(BY_HAND))
+    made = bcc_loader.load(fds, constants, attached | set(BY_HAND) | {CALIBRATE})
     _prepare(maps)
+    _calibrate(made.programs[CALIBRATE], typed=False)
     links = _attach(made.programs, attached, typed=False)
     # Iterators need BTF: these programs are run by hand instead, so they stay.
     iterators = {name: made.programs.pop(name) for name in BY_HAND}
@@ -269,9 +270,8 @@ def _prepare(maps: dict[str, bpf.Map]) -> None:
 
 
 def _attach(programs: dict[str, int], names: set[str], *, typed: bool) -> dict[str, int]:
-    tracepoints = TRACEPOINTS | BCC_TRACEPOINTS
     return {
-        name: bpf.attach_raw_tracepoint(tracepoints[name], programs[name], typed=typed)
+        name: bpf.attach_raw_tracepoint(TRACEPOINTS[name], programs[name], typed=typed)
         for name in sorted(names)
     }
 

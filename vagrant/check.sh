@@ -1,11 +1,23 @@
 #!/bin/sh
-# The same checks as on the machines of vm.py: check.sh ROW CGROUP LOADERS
+# The same checks as on the machines of vm.py: check.sh CGROUP [LOADER…], as root.
 set -eu
+cgroup=$1
+shift
+steps='"install", "probe", "unit", "work-proc", "unpack"'
+[ $# -gt 0 ] || steps="$steps, \"tests-proc\""
+for loader; do
+    [ "$loader" != libbpf ] || steps="$steps, \"work-libbpf\""
+    for stage in split default exact small; do
+        [ "$loader-$stage" = bcc-small ] || steps="$steps, \"tests-$loader-$stage\""
+    done
+done
+
 share=$(mktemp -d)
-loaders=$(printf '%s' "$3" | sed 's/[^,][^,]*/"&"/g')
-printf '{"id": "%s", "cgroup": "%s", "loaders": [%s]}\n' "$1" "$2" "$loaders" >"$share/row.json"
-cp /vagrant/dist/sams_ebpf-*.whl "$share"
-mkdir "$share/repo"
+printf '{"cgroup": "%s", "scale": 1, "steps": [%s]}\n' "$cgroup" "$steps" >"$share/row.json"
+cp /vagrant/dist/sams_ebpf-*.whl /vagrant/receiver/systemd/sams-receiver.service "$share"
+mkdir "$share/repo" "$share/unpacked"
 cp -r /vagrant/tests /vagrant/pyproject.toml "$share/repo"
+python3 -m zipfile -e "$share"/sams_ebpf-*.whl "$share/unpacked"
+tar -C "$share" -cf "$share/tests.tar" repo unpacked
 python3 /vagrant/vagrant/guest.py "$share"
 cat "$share/result.json"

@@ -196,12 +196,14 @@ class Cache:
         ]
         run("apt-get", *options, "-qq", "update")
 
-        def depends(package: str) -> list[str]:
-            listed = run("apt-cache", *options, "depends", "--important", package)
-            return re.findall(r"Depends: (linux-(?!compiler|kbuild|base$)\S+)", listed)
-
-        image, headers = depends("linux-image-amd64")[0], depends("linux-headers-amd64")[0]
-        wanted = {image, headers, *depends(image), *depends(headers)}
+        wanted: set[str] = set()
+        open_ends = ["linux-image-amd64", "linux-headers-amd64"]
+        while open_ends:
+            listed = run("apt-cache", *options, "depends", "--important", open_ends.pop())
+            # With a version in their names: no compiler, no tools.
+            found = set(re.findall(r"Depends: (linux-(?!compiler|kbuild)\S*\d\.\d\S*)", listed))
+            open_ends += found - wanted
+            wanted |= found
         command = ["apt-get", *options, "-qq", "download", *sorted(wanted)]
         subprocess.run(command, check=True, cwd=home / "packages", timeout=900)
         return sorted((home / "packages").glob("*.deb"))

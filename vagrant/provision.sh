@@ -1,5 +1,6 @@
 #!/bin/sh
-# Install the product as a site would: provision.sh CGROUP LOCKDOWN, then a reboot.
+# Install what the product needs, and the product: provision.sh CGROUP LOCKDOWN, then a reboot.
+# Units and configuration are what check.sh tries.
 set -eu
 cgroup=$1 lockdown=$2
 
@@ -14,16 +15,8 @@ else
 fi
 python=$(command -v python3.11 || command -v python3)
 "$python" -m venv /opt/sams-ebpf
-/opt/sams-ebpf/bin/pip install -q /vagrant/dist/sams_ebpf-*.whl pytest pytest-timeout \
-    pytest-asyncio hypothesis
-
-printf 'site:\n  cluster: vagrant\n' >/etc/sams-ebpf.yaml
-/opt/sams-ebpf/bin/sams-ebpf install-units --program /opt/sams-ebpf/bin/sams-ebpf \
-    --config /etc/sams-ebpf.yaml
-systemd-sysusers
-systemd-tmpfiles --create
-systemctl daemon-reload
-systemctl enable sams-ebpf-load.service sams-ebpf-ship.service
+wheel=$(echo /vagrant/dist/sams_ebpf-*.whl)
+/opt/sams-ebpf/bin/pip install -q "$wheel[receiver]" pytest pytest-timeout pytest-asyncio hypothesis
 
 options=
 [ "$cgroup" = v1 ] && options="systemd.unified_cgroup_hierarchy=0"

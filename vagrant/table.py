@@ -11,6 +11,12 @@ from sams_ebpf import settings
 from sams_ebpf.errors import UsageError
 
 PATH = Path(__file__).with_name("kernels.yaml")
+# Of the ledger and split tests, what runs in one machine (see guest.py). BCC compiles for minutes
+# in these machines, so there each stage has one of its own.
+STAGES = {
+    "libbpf": (("split", "default"), ("exact",), ("small",)),
+    "bcc": (("split",), ("default",), ("exact",)),
+}
 
 
 class Expect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +61,19 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if self.lockdown:
             words.append(f"lockdown={self.lockdown}")
         return " ".join(words)
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """What is run on the row: the steps of guest.py that go together in one machine."""
+        works = ["work-libbpf", "work-proc"] if self.expect.loaders else ["work-proc"]
+        found = {"site": ["install", "probe", "unit", *works]}
+        if not self.expect.loaders:
+            found["proc"] = ["unpack", "tests-proc"]
+        for loader in self.expect.loaders:
+            for stages in STAGES[loader]:
+                steps = [f"tests-{loader}-{stage}" for stage in stages]
+                found[f"{loader}-{stages[-1]}"] = ["unpack", *steps]
+        return found
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,6 +10,7 @@ from sams_ebpf.host import Attempt, Facts, Tree
 
 V2 = Tree(name="v2", version=2, mount="/sys/fs/cgroup", cpu_counter=True)
 WORKING = {
+    host.LOCKDOWN: True,
     host.BPF_SYSCALL: True,
     host.BTF: True,
     host.OBJECT: True,
@@ -54,6 +55,12 @@ def test_auto_takes_the_first_way_that_works(
 ) -> None:
     choice = host.choose(facts(without=without))
     assert (choice.mode, choice.loader) == (mode, loader)
+
+
+def test_lockdown_is_the_reason_before_all_else() -> None:
+    choice = host.choose(facts(without=(host.LOCKDOWN, host.HEADERS, *NO_BPF)))
+    why = f"{host.LOCKDOWN}: why {host.LOCKDOWN} failed"
+    assert choice.reason == f"bpf (libbpf) and bpf (bcc) not used: {why}"
 
 
 def test_the_reason_is_the_cause_and_not_what_came_of_it() -> None:

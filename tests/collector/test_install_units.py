@@ -35,6 +35,14 @@ def test_installs_every_file_with_its_places_filled_in(tmp_path: Path) -> None:
         assert bool(path.stat().st_mode & 0o111) == (path.suffix == ".sh")
 
 
+def test_the_unit_that_loads_sees_the_headers_that_bcc_needs(tmp_path: Path) -> None:
+    install_units.install(tmp_path, Path("/opt/x"), Path("/etc/c"))
+    unit = (tmp_path / "etc/systemd/system/sams-ebpf-load.service").read_text()
+    settings = [line.partition("=")[0] for line in unit.splitlines() if line[:1] != "#"]
+    # It hides /lib/modules; and compiling takes more memory than a collector may have.
+    assert not {"ProtectKernelModules", "MemoryMax", "MemoryDenyWriteExecute"} & set(settings)
+
+
 def test_every_file_of_the_package_is_installed() -> None:
     folder = Path(install_units.__file__).with_name("units")
     shipped = {path.name for path in folder.iterdir() if path.suffix not in (".py", "")}

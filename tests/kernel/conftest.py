@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,12 @@ from jobs import Job
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> workloads.Programs:
-    return workloads.compile_all(tmp_path_factory.mktemp("programs"))
+    made = os.environ.get("SAMS_TEST_PROGRAMS")  # compiled elsewhere, for a slow machine
+    return (
+        workloads.Programs(Path(made))
+        if made
+        else workloads.compile_all(tmp_path_factory.mktemp("programs"))
+    )
 
 
 @pytest.fixture

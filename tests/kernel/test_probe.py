@@ -165,3 +165,22 @@ def test_sampling_still_works_with_what_proc_mode_keeps() -> None:
 
 def test_the_command_is_there() -> None:
     assert "probe" in cli.build().format_help()
+
+
+@pytest.mark.parametrize(
+    ("levels", "ok"),
+    [
+        ("[none] integrity confidentiality\n", True),
+        ("none [integrity] confidentiality\n", True),
+        ("none integrity [confidentiality]\n", False),
+        (None, None),
+    ],
+)
+def test_lockdown_is_told_by_its_file(
+    levels: str | None, ok: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "lockdown"
+    if levels is not None:
+        file.write_text(levels)
+    monkeypatch.setattr(probe, "LOCKDOWN_FILE", file)
+    assert probe._lockdown().ok is ok

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from groups import Group
 from jobs import Job
+from scale import times
 
 Drive = Callable[[Job], None]
 Check = Callable[[Job, Mapping[str, int]], None]
@@ -61,11 +62,11 @@ def _zombies_at_the_end(job: Job) -> None:
     job.expected.live = 1
 
 
-def _move(job: Job, away: Group, *, single: bool, times: int, pid: int, pause_us: int) -> None:
+def _move(job: Job, away: Group, *, single: bool, moves: int, pid: int, pause_us: int) -> None:
     to, back = (job.group.tasks, away.tasks) if single else (job.group.procs, away.procs)
     mover = job.outside(
         job.programs["mover"],
-        *(str(to), str(back), str(pid), str(times), str(pause_us)),
+        *(str(to), str(back), str(pid), str(moves), str(pause_us)),
         environ={"MOVE_THREADS_OF": str(pid)} if single else None,
     )
     assert mover.wait(120) == 0
@@ -76,10 +77,10 @@ def _moved(threads: int, *, single: bool = False) -> Drive:
         process = job.launch(job.programs["waiter"], str(threads), "1")
         job.truth.wait_for("ready")
         away = job.another_group()
-        times = 30 if single else 100
-        _move(job, away, single=single, times=times, pid=process.pid, pause_us=1500)
-        job.expected.moved_in += times
-        job.expected.moved_out += times
+        moves = times(30 if single else 100, 10)
+        _move(job, away, single=single, moves=moves, pid=process.pid, pause_us=1500)
+        job.expected.moved_in += moves
+        job.expected.moved_out += moves
         job.stop.touch()
         job.ended(process)
         job.group.wait_empty()
@@ -136,7 +137,7 @@ def _nested(job: Job) -> None:
     job.run(job.programs["forks"], "10", "1000", into=task)
     process = job.launch(job.programs["waiter"], "2", into=step)
     job.truth.wait_for("ready")
-    _move(job, task, single=False, times=20, pid=process.pid, pause_us=1000)
+    _move(job, task, single=False, moves=20, pid=process.pid, pause_us=1000)
     job.stop.touch()
     job.ended(process)
     job.group.wait_empty()
@@ -168,22 +169,25 @@ def _killed_by_driver(job: Job) -> None:
     job.group.wait_empty()
 
 
+# More than the quota and the map below have room for, however slow the machine.
+_MANY = _runs("@many_names", "%", str(times(150, 100)), "@burn")
+
 CASES: tuple[Case, ...] = (
-    Case("true_from_a_shell", _runs("@storm.sh", "1000")),
+    Case("true_from_a_shell", _runs("@storm.sh", str(times(1000)))),
     Case("fork_without_exec", _runs("@forks", "50", "1000")),
     Case("python_pool", _python_pool),
     Case("leader_first", _runs("@leader_first", "16", "10000")),
-    Case("detached_threads", _runs("@detached", "1000", "50")),
-    Case("sigchld_ignored", _runs("@sigchld", "100", "1000")),
+    Case("detached_threads", _runs("@detached", str(times(1000)), "50")),
+    Case("sigchld_ignored", _runs("@sigchld", str(times(100)), "1000")),
     Case("exec_from_a_thread", _runs("@thread_exec", "20", "2000", "@burn")),
-    Case("exec_chain", _runs("@chain", "200", "200")),
-    Case("memory_touched", _runs("@touch_memory", "1000")),
+    Case("exec_chain", _runs("@chain", str(times(200)), "200")),
+    Case("memory_touched", _runs("@touch_memory", str(times(1000)))),
     Case("threads_killed", _runs("@killed", "20", "4")),
     Case("killed_from_outside", _killed_by_driver),
     Case("zombies_running", _runs("@zombies", "30", "2000", "0")),
     Case("zombies_at_the_end", _zombies_at_the_end),
     Case("daemons", _runs("@daemons", "10", "20000")),
-    Case("vfork_and_spawn", _runs("@spawn", "100", "/bin/true")),
+    Case("vfork_and_spawn", _runs("@spawn", str(times(100)), "/bin/true")),
     Case("memfd_and_deleted", _runs("@nameless", "10", "@burn", "%")),
     Case("script", _runs("@storm.sh", "20", "@script.sh")),
     Case("process_moved", _moved(1), moves=True),
@@ -191,11 +195,11 @@ CASES: tuple[Case, ...] = (
     Case("threads_moved_singly", _moved(8, single=True), counts=False, entered=False, moves=True),
     Case("cloned_into", _cloned_into, counts=False),
     Case("cloned_out", _cloned_out, counts=False, entered=False),
-    Case("pid_again", _runs("@pid_again", "100", "500")),
+    Case("pid_again", _runs("@pid_again", str(times(100)), "500")),
     Case("before_attach", _before, before=_before_set_up),
-    Case("io_uring_workers", _runs("@uring", "500", "64")),
+    Case("io_uring_workers", _runs("@uring", str(times(500)), "64")),
     Case("nested_cgroups", _nested),
     Case("cgroup_made_again", _made_again),
-    Case("quota_too_small", _runs("@many_names", "%", "150", "@burn"), quota=20),
-    Case("map_too_small", _runs("@many_names", "%", "150", "@burn"), total_entries=64),
+    Case("quota_too_small", _MANY, quota=20),
+    Case("map_too_small", _MANY, total_entries=64),
 )

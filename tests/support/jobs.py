@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 
 import yaml
 from groups import Group, Hierarchy
+from scale import SCALE
 from workloads import Programs, Truth
 
 from sams_ebpf import pins, slots, wire
@@ -45,6 +46,7 @@ class Options:
     quota: int | None = None
     total_entries: int | None = None
     mode: str = "bpf"
+    loader: str | None = None
     program: Sequence[str] = COLLECTOR
 
 
@@ -111,10 +113,13 @@ def _config(spool: Path, folder: Path, options: Options) -> dict[str, Any]:
     collector: dict[str, Any] = {
         "interval_s": options.interval_s,
         "mode": options.mode,
-        "loader": os.environ.get("SAMS_TEST_LOADER", "auto"),
+        "loader": options.loader or os.environ.get("SAMS_TEST_LOADER", "auto"),
         "exact": options.setup == "exact",
         "state": str(folder),
     }
+    if SCALE > 1:
+        # Programs that are slower by as much are no reason to switch them off.
+        collector["programs_limit_percent"] = 100
     if options.quota is not None:
         collector["executables_per_job"] = options.quota
     if options.total_entries is not None:

@@ -35,23 +35,59 @@ def row(name: str) -> Any:
     return next(one for one in table.read() if one.id == name)
 
 
-def result(**changes: Any) -> dict[str, Any]:
-    ledger = {"cgroup_cpu_ns": 1000, "unattributed_cpu_ns": 1, "attributed_cpu_ns": 999}
-    steps: dict[str, Any] = {
-        "probe": {
-            "would_use": {"mode": "bpf", "loader": "libbpf"},
-            "ways": [
-                {"mode": "bpf", "loader": "libbpf", "possible": True, "reason": None},
-                {"mode": "bpf", "loader": "bcc", "possible": False, "reason": "no headers"},
-            ],
-            "tried": [{"name": "load with libbpf", "ok": True, "detail": "in 27 ms"}],
+LEDGER = {"cgroup_cpu_ns": 1000, "unattributed_cpu_ns": 1, "attributed_cpu_ns": 999}
+TESTS = {"tests": 3, "failures": 0, "errors": 0, "skipped": 0, "failed": [], "skips": [], "cut": []}
+NOTES = [
+    {
+        "test": "a[x-v2-default]",
+        "cgroup_cpu_ns": "2000000",
+        "unexplained_ns": "-2000",
+        "moves": "0",
+    },
+    {"test": "a[y-v2-default]", "cgroup_cpu_ns": "9000000", "unexplained_ns": "1000", "moves": "0"},
+    {"test": "s[exact]", "split_median_ns": "3000", "split_p95_ns": "40000"},
+]
+BOTH = {
+    "test": "l",
+    "libbpf_cpu_ns": "100000000",
+    "libbpf_execs": "7",
+    "libbpf_uncertain_splits": "0",
+    "bcc_cpu_ns": "100010000",
+    "bcc_execs": "7",
+    "bcc_uncertain_splits": "2",
+}
+
+
+def result(part: str, **changes: Any) -> dict[str, Any]:
+    """What a machine brings back of one part in which all is well, but for the changes."""
+    ways = [
+        {"mode": "bpf", "loader": "libbpf", "possible": True, "reason": None},
+        {"mode": "bpf", "loader": "bcc", "possible": False, "reason": "no headers"},
+    ]
+    works = {name: {"ledger": LEDGER, "cpu_s": 1.5} for name in ("solver", "mixed", "storm")}
+    parts: dict[str, dict[str, Any]] = {
+        "site": {
+            "probe": {
+                "would_use": {"mode": "bpf", "loader": "libbpf"},
+                "ways": ways,
+                "tried": [{"name": "load with libbpf", "ok": True, "detail": "in 27 ms"}],
+            },
+            "unit": {"batches": 2, "final": {"final": {"reason": "signal"}}, "left_in_kernel": 0},
+            "work-libbpf": works,
         },
-        "work-libbpf": {"solver": {"ledger": ledger}},
-        "tests-libbpf": {"tests": 3, "failures": 0, "errors": 0, "skipped": 1, "failed": []},
-        "unit": {"final": {"reason": "signal"}},
+        "libbpf-default": {
+            "tests-libbpf-default": {
+                **TESTS,
+                "notes": NOTES,
+                "events": 1000,
+                "cost_ns": 5_000_000,
+            }
+        },
+        "bcc-split": {"tests-bcc-split": {**TESTS, "notes": [BOTH]}},
     }
-    steps.update(changes)
-    return {"kernel": "6.1.0", "steps": steps, "machine_s": 60}
+    steps = {**parts[part], **changes}
+    made = {"kernel": "6.1.0", "commit": "abc1234", "machine_s": 60}
+    return {**made, "steps": steps, "missing": []}
 
 
 def test_every_row_is_whole_and_named_once() -> None:
@@ -77,34 +113,69 @@ def test_v1_and_lockdown_reach_the_command_line() -> None:
 
 def test_a_good_row_has_no_problems_and_shows_its_figures() -> None:
     one = row("debian-12-v2")
-    assert report.problems(one, result()) == []
-    page = report.page([one], {one.id: result()})
-    assert "bpf / libbpf" in page
-    assert "0.100 %" in page
-    assert "libbpf: 2 passed of 3, 1 skipped" in page
-    assert "bcc: no headers" in page
+    parts = {part: result(part) for part in ("site", "libbpf-default", "bcc-split")}
+    for part, found in parts.items():
+        assert report.problems(one, part, found) == []
+    page = report.page([one], {one.id: parts})
+    for shown in (
+        "| bpf, libbpf | bcc-split: 3 of 3 passed; libbpf-default: 3 of 3 passed |",
+        "| ended (signal), 2 batches shipped | as expected; at abc1234 |",
+        "| libbpf | 0.002 ms (0.100 %) of 2 cases | - | - | - | exact 3, 40 µs |",
+        "| 100.000 ms and 100.010 ms | 0.0100 % | 7 and 7 | 0 and 2 |",
+        "| 99.90 % of 0.00 s |",
+        "| 4.5 s |",
+        "| libbpf | in 27 ms | 5.0 µs | - |",
+        "bcc: no headers",
+        "not run: libbpf-exact, libbpf-small, bcc-default, bcc-exact",
+    ):
+        assert shown in page
 
 
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("part", "changes", "problem"),
     [
-        ({"probe": {"would_use": {"mode": "proc", "loader": None}}}, "auto uses proc, not bpf"),
-        ({"unit": {"final": None}}, "unit: no final batch"),
-        ({"work-bcc": {"error": "boom"}}, "work-bcc: boom"),
+        ("site", {"probe": {"would_use": {"mode": "proc"}, "ways": []}}, "auto uses proc, not bpf"),
+        ("site", {"unit": {"final": None, "left_in_kernel": 0}}, "unit: no final batch"),
+        ("site", {"unit": {"final": {}, "left_in_kernel": 1}}, "unit: something is left"),
+        ("site", {"work-libbpf": {"error": "boom"}}, "work-libbpf: boom"),
         (
-            {"tests-bcc": {"tests": 2, "failures": 1, "errors": 0, "skipped": 0, "failed": ["x"]}},
-            "tests-bcc: failed: x",
+            "libbpf-default",
+            {"tests-libbpf-default": {**TESTS, "notes": [], "failures": 1, "failed": ["x: off"]}},
+            "tests-libbpf-default: failed: x: off",
         ),
         (
-            {"tests-bcc": {"tests": 2, "failures": 0, "errors": 0, "skipped": 2, "failed": []}},
-            "tests-bcc: nothing was run",
+            "libbpf-default",
+            {"tests-libbpf-default": {**TESTS, "notes": [], "skipped": 3, "skips": ["x: no gcc"]}},
+            "tests-libbpf-default: nothing was run: x: no gcc",
+        ),
+        (
+            "libbpf-default",
+            {"tests-libbpf-default": {**TESTS, "notes": [], "cut": ["default after 400 s"]}},
+            "tests-libbpf-default: stopped: default after 400 s",
         ),
     ],
 )
-def test_what_went_wrong_is_said(changes: dict[str, Any], problem: str) -> None:
+def test_what_went_wrong_is_said(part: str, changes: dict[str, Any], problem: str) -> None:
     one = row("debian-12-v2")
-    assert problem in report.problems(one, result(**changes))
-    assert problem in report.page([one], {one.id: result(**changes)})
+    found = result(part, **changes)
+    assert problem in "; ".join(report.problems(one, part, found))
+    assert problem in report.page([one], {one.id: {part: found}})
+
+
+def test_a_step_that_was_not_reached_is_a_problem() -> None:
+    found = result("site") | {"missing": ["work-proc"]}
+    (problem,) = report.problems(row("debian-12-v2"), "site", found)
+    assert problem == "work-proc: not reached in 60 s"
+
+
+def test_a_row_without_bpf_has_to_say_why() -> None:
+    one = row("debian-12-lockdown")
+    ways = [{"mode": "bpf", "loader": "libbpf", "possible": False, "reason": "kernel lockdown"}]
+    probe = {"would_use": {"mode": "proc", "loader": None}, "ways": ways, "tried": []}
+    assert report.problems(one, "site", result("site", probe=probe)) == []
+    ways[0]["reason"] = "no"
+    (problem,) = report.problems(one, "site", result("site", probe=probe))
+    assert problem == "probe does not say lockdown"
 
 
 def test_rows_that_could_not_run_stand_in_the_page_with_their_reason() -> None:

@@ -435,12 +435,16 @@ static __always_inline int is_row_of(struct sams_task *row, struct task_struct *
 				     enum typing how)
 {
 	u64 start_ns = LOAD(how, task, start_boottime);
-	u32 pid = LOAD(how, task, pid), tgid = LOAD(how, task, tgid);
+	u32 pid, tgid = LOAD(how, task, tgid);
 
-	if (row->start_ns == start_ns && row->pid == pid)
+	if (row->tgid != tgid)
+		return 0;
+	if (row->start_ns == start_ns)
 		return 1;
-	/* A thread that execs takes over number and birth of its leader (de_thread()). */
-	if (pid != tgid || row->tgid != tgid || row->pid == tgid)
+	/* A thread that execs takes over the birth of its leader, and the two swap their
+	 * numbers (de_thread()). */
+	pid = LOAD(how, task, pid);
+	if (pid != tgid || row->pid == tgid)
 		return 0;
 	row->pid = pid;
 	row->start_ns = start_ns;
@@ -815,36 +819,38 @@ struct walk {
 	u32 outside;
 };
 
-static __always_inline void move(struct task_struct *task, struct walk *walk)
+/* Arguments: as in `struct walk`, two numbers in one; `group`: all of its threads come along. */
+SEPARATE move(u64 key, u64 slots, u64 rows, u32 group)
 {
-	struct sams_slot *to = walk->to_id ? slot_of(walk->to_id) : 0, *from;
-	u64 key = (u64)task;
+	struct task_struct *task = (void *)key;
+	u32 to_id = slots, from_id = slots >> 32, inside = rows, outside = rows >> 32;
+	struct sams_slot *to = to_id ? slot_of(to_id) : 0, *from;
 	struct sams_task *row = row_of(task, BARE), fresh = {};
 	struct columns now;
-	int with_process = walk->head || is_leader(task, BARE), was_inside;
+	int with_process = group || is_leader(task, BARE), was_inside;
 
 	if (!row) {
 		if (!to || READ(task, exit_state) || READ(task, flags) & PF_EXITING)
-			return; /* also a dead leader that comes along with its group */
+			return 0; /* also a dead leader that comes along with its group */
 		fresh.slot_id = to->id;
-		fresh.image = SAMS_IMAGE(walk->inside);
+		fresh.image = SAMS_IMAGE(inside);
 		if (has_threads(task, BARE))
 			fresh.state = SAMS_ROW_THREADED;
 		read_columns(task, BARE, fresh.charged);
 		if (keep_task(task, BARE, &fresh, to) != KEPT)
-			return;
+			return 0;
 		if (!fresh.state)
 			count_move(0, to);
 		else if (with_process)
 			move_process(task, to, to->id, 0);
-		return;
+		return 0;
 	}
 	from = slot_of(row->slot_id);
 	was_inside = from && !(row->state & SAMS_ROW_OUTSIDE);
 	if (was_inside && to && to->id == from->id)
-		return; /* between nested cgroups of one job */
+		return 0; /* between nested cgroups of one job */
 	if (!to && !was_inside)
-		return; /* was outside, stays outside */
+		return 0; /* was outside, stays outside */
 	if (from) {
 		/* The counters of both cgroups change over at the task's counter as it stands:
 		 * a running slice will be charged where the task is when it ends. */
@@ -860,11 +866,10 @@ static __always_inline void move(struct task_struct *task, struct walk *walk)
 			row->slot_id = to->id;
 		}
 		row->state &= ~SAMS_ROW_OUTSIDE;
-		row->image = SAMS_IMAGE(walk->inside);
+		row->image = SAMS_IMAGE(inside);
 	} else if (row->state & SAMS_ROW_NATIVE) {
 		row->state |= SAMS_ROW_OUTSIDE;
-		row->image = SAMS_IMAGE(row->slot_id == walk->from_id ? walk->outside :
-									SAMS_OVERFLOW);
+		row->image = SAMS_IMAGE(row->slot_id == from_id ? outside : SAMS_OVERFLOW);
 	}
 	if (row->state & SAMS_ROW_EXITING)
 		; /* its process, if it was the last thread, has died where it was */
@@ -874,13 +879,16 @@ static __always_inline void move(struct task_struct *task, struct walk *walk)
 		move_process(task, to, row->slot_id, row->state);
 	if (!to && !(row->state & SAMS_ROW_NATIVE))
 		drop_task(key, from);
+	return 0;
 }
 
 STEP move_next(u32 i __attribute__((unused)), struct walk *walk)
 {
 	if (!walk->at || walk->at == walk->head)
 		return 1;
-	move(container((void *)walk->at, struct task_struct, thread_node), walk);
+	move((u64)container((void *)walk->at, struct task_struct, thread_node),
+	     (u64)walk->from_id << 32 | walk->to_id, (u64)walk->outside << 32 | walk->inside,
+	     !!walk->head);
 	walk->at = (u64)READ((struct list_head *)walk->at, next);
 	return !walk->head;
 }
@@ -940,7 +948,7 @@ PROGRAM(on_attach, "cgroup_attach_task")
 	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup_id);
 	if (id)
 		walk.to_id = *id;
-	walk.at = (u64)task + bpf_core_field_offset(struct task_struct, thread_node);
+	walk.at = NUMBER(2) + bpf_core_field_offset(struct task_struct, thread_node);
 	if (ARG(3)) {
 		walk.head = (u64)READ(task, signal) +
 			    bpf_core_field_offset(struct signal_struct, thread_head);

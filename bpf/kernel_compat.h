@@ -42,6 +42,14 @@
 	int name(u64 *ctx)
 #define ARG(n)			     (ctx[n])
 #define CURRENT()		     bpf_get_current_task_btf()
+
+/* An argument as a number, to be reckoned with. */
+#define NUMBER(n)                                                    \
+	({                                                           \
+		u64 _number;                                         \
+		bpf_probe_read_kernel(&_number, sizeof(_number), &ctx[n]); \
+		_number;                                             \
+	})
 #define LOAD(typing, pointer, field) ((typing) == TYPED ? (pointer)->field : READ(pointer, field))
 #endif
 
@@ -59,6 +67,7 @@ enum typing { BARE, TYPED };
 #endif
 #define ARG(n)			     (ctx->args[n])
 #define CURRENT()		     ((struct task_struct *)bpf_get_current_task())
+#define NUMBER(n)		     ARG(n)
 #define LOAD(typing, pointer, field) ((void)(typing), READ(pointer, field))
 #endif
 
@@ -203,13 +212,25 @@ static __always_inline u64 task_cgroup_id(struct task_struct *task, u32 controll
 #define SUBPROGRAM __attribute__((noinline)) int
 #endif
 
+/* The same where all arguments are numbers: 51c39bb1d5d1 ("bpf: Introduce function-by-function
+ * verification") (in v5.6). BCC has no such functions. */
+#ifdef SAMS_BCC
+#define SEPARATE static __always_inline int
+#else
+#define SEPARATE __attribute__((noinline)) int
+#endif
+
 /*
  * REPEAT(times, step, state): step(i, &state) until it says 1. bpf_loop() came with
  * e6f2dd0f8067 ("bpf: Add bpf_loop helper") (in v5.17); without it only short walks pass
  * the verifier.
  */
 #ifdef NO_BPF_LOOP
+#ifdef SAMS_BCC
 #define SAMS_GROUP_THREADS 10 /* 5.10's verifier gives up somewhere above */
+#else
+#define SAMS_GROUP_THREADS 64
+#endif
 #define STEP		   static __always_inline long
 #define REPEAT(times, step, state)                 \
 	for (u32 _i = 0; _i < (times); _i++) {     \

@@ -904,8 +904,17 @@ static __always_inline struct task_struct *with_image(struct task_struct *leader
 	return i < 8 ? task : leader;
 }
 
-/* A function of its own: its stack is free again when the walk needs one. */
-static APART void plan(struct walk *walk, struct task_struct *task)
+/* Index of the row, in the job or outside, of what a moving group runs. */
+SEPARATE moving_image(u64 leader, u32 slot_id, u32 state)
+{
+	struct sams_slot *slot = slot_of(slot_id);
+
+	if (!slot)
+		return SAMS_OVERFLOW;
+	return executable_of(slot, with_image((void *)leader), BARE, state, 0, SCRATCH_MOVE);
+}
+
+static __always_inline void plan(struct walk *walk, struct task_struct *task)
 {
 	u64 key = (u64)READ(task, signal);
 	struct sams_process *process = bpf_map_lookup_elem(MAP(processes), &key);
@@ -925,7 +934,7 @@ static APART void plan(struct walk *walk, struct task_struct *task)
 	}
 	if (!slot)
 		return;
-	walk->inside = executable_of(slot, with_image(task), BARE, state, 0, SCRATCH_MOVE);
+	walk->inside = moving_image((u64)task, slot->id, state);
 	if (state) {
 		walk->from_id = slot->id;
 		walk->outside = walk->inside;
@@ -954,7 +963,7 @@ PROGRAM(on_attach, "cgroup_attach_task")
 			    bpf_core_field_offset(struct signal_struct, thread_head);
 		walk.at = (u64)READ((struct list_head *)walk.head, next);
 	}
-	plan(&walk, task);
+	plan(&walk, (void *)NUMBER(2));
 	REPEAT(SAMS_GROUP_THREADS, move_next, walk);
 	if (walk.head && walk.at != walk.head && walk.to_id) {
 		slot = slot_of(walk.to_id);

@@ -71,14 +71,6 @@ enum typing { BARE, TYPED };
 #define LOAD(typing, pointer, field) ((void)(typing), READ(pointer, field))
 #endif
 
-/* A function that is called, where a loop is one as well: the stack of a program, 512 bytes, is
- * counted together with that of the deepest call. */
-#ifdef NO_BPF_LOOP
-#define APART __always_inline
-#else
-#define APART __attribute__((noinline))
-#endif
-
 #define container(pointer, type, member) \
 	((type *)((char *)(pointer) - bpf_core_field_offset(type, member)))
 

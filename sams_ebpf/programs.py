@@ -215,20 +215,19 @@ def _load_first(
     options: Options, wanted: set[str]
 ) -> tuple[dict[str, bpf.Map], dict[str, int], bool]:
     """Load the first object that the kernel takes; maps, programs, and whether these are typed."""
-    reason: bpf.BpfError | None = None
+    reasons: list[str] = []
     for name, typed in OBJECTS.items():
         try:
             maps, programs = _load_object(name, options, wanted)
         except bpf.BpfError as error:
-            # Of several, the reason of the one meant for newer kernels.
-            reason = reason or error
+            reasons.append(f"{name}: {error}")
             if error.errno in (errno.EPERM, 0):
                 break
         else:
-            if reason is not None:
+            for reason in reasons:
                 _log.info("%s is used: %s", name, reason)
             return maps, programs, typed
-    raise reason or bpf.BpfError("the package was built without BPF objects")
+    raise bpf.BpfError("; ".join(reasons))
 
 
 def _load_with_bcc(options: Options) -> ProgramSet:

@@ -268,14 +268,16 @@ def test_read_only_then_writable(tmp_path: Path) -> None:
         sent = [batches.batch(sequence=n) for n in range(10)]
         for batch in sent[:5]:
             assert _post(receiver, batch).status_code == 200
-        # A new segment has to be made now, on what has become read-only.
+        # A new segment has to be made now, on what has become read-only. What the receiver
+        # opened through the mount to come would keep it busy: the first is sealed before.
+        end = time.monotonic() + 60
+        while list(receiver.archive.rglob("*.raw")):
+            assert time.monotonic() < end, "the first segment is not sealed"
+            time.sleep(0.05)
         place = str(receiver.archive)
         subprocess.run(["mount", "--bind", place, place], check=True)
         try:
-            # Busy for as long as the first segment is being sealed.
-            remount = ["mount", "-o", "remount,bind,ro", place]
-            while subprocess.run(remount, check=False, capture_output=True).returncode != 0:
-                time.sleep(0.05)
+            subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
             for batch in sent[5:]:
                 answer = _post(receiver, batch)
                 assert answer.status_code == 503

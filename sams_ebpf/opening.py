@@ -163,12 +163,7 @@ class Opener:
         After an upgrade it may be in an older one.
         """
         ours = []
-        for folder in filter(pins.is_readable, pins.folders()):
-            try:
-                used = pins.open_set(folder)
-            except bpf.BpfError as error:
-                _log.warning("%s; passed over", error)
-                continue
+        for folder, used in pins.readable_sets():
             found = [slot for slot in slots.used(used) if self._is_ours(folder, slot)]
             ours += [(used, slot) for slot in found]
             if not found:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from sams_ebpf.programs import Options, ProgramSet
 ROOT: Final = Path("/sys/fs/bpf/sams-ebpf")
 LOCK: Final = Path("/run/sams-ebpf/lock")
 _UNFINISHED: Final = "-new"  # no dot: bpffs refuses those
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -68,6 +71,15 @@ def open_set(folder: Path) -> ProgramSet:
     runs = programs.BY_HAND if bcc else tuple(programs.ITERATORS)
     iterators = {name: bpf.open_pinned(folder / f"iter_{name}") for name in runs}
     return ProgramSet(maps, iterators, {}, loader="bcc" if bcc else "libbpf")
+
+
+def readable_sets(root: Path = ROOT) -> Iterator[tuple[Path, ProgramSet]]:
+    """Open each pinned set that this version can read; closing it is up to the caller."""
+    for folder in filter(is_readable, folders(root)):
+        try:
+            yield folder, open_set(folder)
+        except bpf.BpfError as error:
+            _log.warning("%s; passed over", error)
 
 
 def find(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from sams_ebpf import bpf, config, layout, leftovers, meters, opening, pins, slots, wire, writer
+from sams_ebpf import config, layout, leftovers, meters, opening, pins, slots, wire, writer
 from sams_ebpf.programs import ProgramSet
 from sams_ebpf.tracing import BpfMeter
 
@@ -39,12 +39,7 @@ def clear(site: config.Config) -> int:
 
 def _overdue(after_s: float) -> Iterator[tuple[ProgramSet, layout.Slot]]:
     now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    for folder in filter(pins.is_readable, pins.folders()):
-        try:
-            used = pins.open_set(folder)
-        except bpf.BpfError as error:
-            _log.warning("%s; passed over", error)
-            continue
+    for _, used in pins.readable_sets():
         found = []
         for slot in slots.used(used):
             claim = slots.claim_of(used, slot.id)

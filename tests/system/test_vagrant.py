@@ -126,7 +126,7 @@ def test_a_good_row_has_no_problems_and_shows_its_figures() -> None:
         "| 4.5 s |",
         "| libbpf | in 27 ms | 5.0 µs | - |",
         "bcc: no headers",
-        "not run: libbpf-exact, libbpf-small, bcc-default, bcc-exact",
+        "not run: libbpf-exact, libbpf-small, bcc-exact",
     ):
         assert shown in page
 

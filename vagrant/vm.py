@@ -66,14 +66,19 @@ def main() -> int:
     temporary = tempfile.TemporaryDirectory(prefix="sams-vm-")
     try:
         product = Path(temporary.name)
+        commit = _commit()
         _build(product)
         disk = cache.disk(suites)
         for name in wanted:
             row, part = every[name], name.partition(":")[2]
             print(f"{name}: booting", flush=True)
             tests = any(step.startswith("tests") for step in row.parts[part])
-            cpus = arguments.cpus if tests else 1
-            found = _boot(row, part, cache, disk, product, cpus=cpus, limit_s=arguments.limit)
+            found = _boot(
+                *(row, part, cache, disk, product),
+                cpus=arguments.cpus if tests else 1,
+                limit_s=arguments.limit,
+                commit=commit,
+            )
             print(f"{name}: {report.verdict(row, part, found)}", flush=True)
             results = _keep(arguments.results, row, part, found)
             arguments.page.write_text(report.page(rows, results))
@@ -96,6 +101,15 @@ def _keep(file: Path, row: table.Row, part: str, found: dict[str, Any]) -> dict[
         opened.truncate(0)
         opened.write(json.dumps(results, indent=1, sort_keys=True) + "\n")
     return results
+
+
+def _commit() -> str:
+    """What is tested; results of other parts, written meanwhile, do not make it another."""
+    git = ("git", "-C", ROOT)
+    changed = run(
+        *git, "status", "--porcelain", "--", ".", ":!vagrant/results.json", ":!docs/kernels.md"
+    )
+    return run(*git, "rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
 
 
 def _build(folder: Path) -> None:
@@ -136,6 +150,7 @@ def _boot(
     *,
     cpus: int,
     limit_s: int,
+    commit: str,
 ) -> dict[str, Any]:
     """Run one machine to its end; its results, or what is known of why there are none."""
     with tempfile.TemporaryDirectory(prefix=f"sams-vm-{row.id}-") as folder:
@@ -175,7 +190,7 @@ def _boot(
             shutil.copy(log, cache.folder / f"{row.id}-{part}-{log.name}")
         result["missing"] = [x for x in row.parts[part] if x not in result.get("steps", {})]
         result["cpus"] = cpus
-        result["commit"] = run("git", "-C", ROOT, "describe", "--always", "--dirty").strip()
+        result["commit"] = commit
         result["machine_s"] = round(time.monotonic() - began)
         return result
 

@@ -52,6 +52,9 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "docs/kernels.md")
     parser.add_argument("--cpus", type=int, default=2, help="of a machine that runs tests")
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds that a part may take")
+    parser.add_argument(
+        "--not-run", metavar="REASON", help="run nothing; note why parts without a result were not"
+    )
     arguments = parser.parse_args()
     rows = table.read()
     every = {f"{row.id}:{part}": row for row in rows if not row.vm.absent for part in row.parts}
@@ -60,6 +63,14 @@ def main() -> int:
     unknown = {one for one in asked if not any(one in (n, n.partition(":")[0]) for n in wanted)}
     if unknown:
         parser.error(f"no such row, or one that cannot be had: {', '.join(sorted(unknown))}")
+    if arguments.not_run:
+        results = json.loads(arguments.results.read_text())
+        for name in wanted:
+            row, part = every[name], name.partition(":")[2]
+            if "steps" not in results.get(row.id, {}).get(part, {}):
+                results = _keep(arguments.results, row, part, {"not_run": arguments.not_run})
+        arguments.page.write_text(report.page(rows, results))
+        return 0
     cache = Cache(arguments.cache.absolute())
     suites = sorted({row.vm.suite for row in rows if row.vm.suite})
     failed = False

@@ -68,8 +68,14 @@ class Job:
         return printed(shown)
 
     def remove(self) -> None:
+        """Busy for as long as a process in it has not quite died."""
         find = ["find", self.folder, "-depth", "-type", "d", "-delete"]
-        self.node.machine.run(find, check=False)
+
+        def gone() -> bool:
+            self.node.machine.run(find, check=False)
+            return not self.node.machine.path(self.folder).exists()
+
+        wait_for("the cgroup's end", gone)
 
     def command(self, instance: str) -> list[str]:
         words = ["--jobid", instance, "--config", CONFIG, "--env-file", f"{JOBS}/{instance}/env"]

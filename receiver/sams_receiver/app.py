@@ -41,6 +41,11 @@ _UPSTREAM_PATH: Final = re.compile(r"/([0-9]{1,19})/([A-Za-z0-9][A-Za-z0-9._-]{0
 # Bodies beyond this are decompressed in a thread and one at a time.
 _SMALL: Final = 1 << 20
 _RETRY_SECONDS: Final = 30
+# A record has no fewer on the wire: only then is it worth while to count them beforehand.
+_RECORD_BYTES: Final = 6
+# Values that upstream's JSON may hold: 3 kB on the wire can become millions of them, whose
+# objects would take a gigabyte and many seconds. 200,000 executables have as many.
+_JSON_PARTS: Final = 600_000
 _JSON: Final = {"Content-Type": "application/json"}
 
 
@@ -110,10 +115,9 @@ class App:
             client = await self._identify(request, front)
         except DeniedError as denied:
             peer = front.peer(request)
-            self.metrics.denied.labels(str(denied.status)).inc()
-            if peer is not None and self._failures.take(peer, now):
+            seldom = self.denied(str(denied.status), peer or "a proxy's client", denied.reason)
+            if peer is not None and not seldom:
                 raise self._too_many_failures() from denied
-            log.warning("%s denied: %s", short_name(peer or "a proxy's client"), denied.reason)
             text = "who are you?" if denied.status == 401 else "not allowed"
             raise Refusal(denied.status, text) from denied
         # Where nodes share one name the address tells them apart, if there is one.
@@ -153,6 +157,14 @@ class App:
             async with self._passwords:
                 return await asyncio.to_thread(self.door.check_password, user, password)
         raise DeniedError(401, "no credentials")
+
+    def denied(self, status: str, who: str, reason: str) -> bool:
+        """Count, and log unless `who` is denied too often to be news; False in that case."""
+        self.metrics.denied.labels(status).inc()
+        if self._failures.take(who, time.monotonic()):
+            return False
+        log.warning("%s denied: %s", short_name(who), reason)
+        return True
 
     def _too_many_failures(self) -> Refusal:
         self.metrics.limited.labels("failures").inc()
@@ -234,7 +246,14 @@ class App:
             # it. Clients that share one name are told apart by what they claim, after that.
             if client.node is not None:
                 self._allow("bytes", self.daily.bytes_left(quota_of, len(body)))
-            payload = self._upstream(client, body, upstream) if upstream else _batch(client, body)
+            if upstream:
+                payload = self._upstream(client, body, upstream)
+            else:
+                payload = self._batch(client, body)
+        except DeniedError as denied:
+            self.denied(str(denied.status), f"{client.method} {client.name}", denied.reason)
+            text = "a node can only write as itself, in its own cluster"
+            raise Refusal(denied.status, text) from denied
         except Refusal as refusal:
             if refusal.aside:
                 self.metrics.invalid.inc()
@@ -274,9 +293,25 @@ class App:
             self.metrics.unvouched.inc()
         return _answer(200, b'{"status":"stored"}\n')
 
+    def _batch(self, client: Client, body: bytes) -> Payload:
+        """Check a batch in full, records included. Raises Refusal or DeniedError."""
+        most = self._limits.records
+        try:
+            if len(body) > most * _RECORD_BYTES and (count := wire.outline(body).records) > most:
+                raise Refusal(413, f"{count} records: {most} are taken")
+            header = wire.check(body)
+        except wire.WireError as error:
+            raise Refusal(400, f"{error!s:.300}", aside=True) from error
+        claims = header.claims
+        vouched = _check_claims(client, claims.cluster, claims.node)
+        tag = fmt.batch_tag(header, body)
+        return Payload(Kind.COUNTERS, body, tag, claims.cluster, claims.node, vouched)
+
     def _upstream(self, client: Client, body: bytes, path: tuple[str, str]) -> Payload:
-        """Check upstream's JSON of one job on one node. Raises Refusal."""
+        """Check upstream's JSON of one job on one node. Raises Refusal or DeniedError."""
         job, name = path
+        if sum(map(body.count, (b",", b"[", b"{"))) > _JSON_PARTS:
+            raise Refusal(413, f"more than {_JSON_PARTS} values in it")
         try:
             core = _json.decode(body).core
             _any_json.decode(body)
@@ -304,25 +339,26 @@ class App:
     async def _read(self, request: web.BaseRequest, held: list[int]) -> bytes:
         content = request.content
         if content.is_eof():
-            body = content.read_nowait()
-            self._hold(held, len(body))
-            return body
+            whole = content.read_nowait()
+            self._hold(held, len(whole))
+            return whole
         if "100-continue" in request.headers.get("Expect", "").lower():
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
-        parts: list[bytes] = []
+        # In one piece: a body that comes a byte at a time takes no more room than another.
+        body = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 while part := await content.readany():
                     self._hold(held, len(part))
                     if held[0] > self._limits.body_bytes:
                         raise Refusal(413, f"more than {self._limits.body_bytes} bytes")
-                    parts.append(part)
+                    body += part
         except TimeoutError as error:
             raise Refusal(408, f"no body within {self._limits.body_seconds} s") from error
         except ClientError as error:
             raise Refusal(400, f"the body cannot be read: {type(error).__name__}") from error
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return bytes(body)
 
     async def _decompress(self, body: bytes, held: list[int]) -> bytes:
         limit = self._limits.batch_bytes
@@ -429,6 +465,10 @@ class Front(web.Server):
         self._retiring.discard(handler)
         super().connection_lost(handler, exc)
 
+    def refused(self, reason: str) -> None:
+        """Note a client whose certificate was not accepted; TLS does not tell its address."""
+        self._app.denied("tls", f"a client's certificate at {self.listener.address}", reason)
+
     def sweep(self) -> None:
         """End connections that have been idle, or sending headers, for too long."""
         limit = time.monotonic() - self._idle - 5
@@ -497,34 +537,19 @@ def _check_headers(request: web.BaseRequest, upstream: tuple[str, str] | None) -
     return encoding
 
 
-def _batch(client: Client, body: bytes) -> Payload:
-    """Check a batch in full, records included. Raises Refusal."""
-    try:
-        header = wire.check(body)
-    except wire.WireError as error:
-        raise Refusal(400, f"{error!s:.300}", aside=True) from error
-    claims = header.claims
-    vouched = _check_claims(client, claims.cluster, claims.node)
-    return Payload(
-        Kind.COUNTERS, body, fmt.batch_tag(header, body), claims.cluster, claims.node, vouched
-    )
-
-
 def _check_claims(client: Client, cluster: str | None, node: str | None) -> bool:
-    """Whether the client is the node it writes as. Raises Refusal for anyone else's node."""
+    """Whether the client is the node it writes as. Raises DeniedError for anyone else's node."""
     for name, value in (("node", node), ("cluster", cluster)):
         if value is not None and PLAIN_NAME.fullmatch(value) is None:
             raise Refusal(400, f"{name}: only letters, digits, '.', '_', '-'", aside=True)
     if client.node is None:
         return False
     if client.node != node:
-        log.warning(
-            "%s may write as node %s, not as %s",
-            short_name(client.name), short_name(client.node), short_name(str(node)),
-        )  # fmt: skip
-        raise Refusal(403, "a node can only write as itself")
+        mine, other = short_name(client.node), short_name(str(node))
+        raise DeniedError(403, f"may write as node {mine}, not as {other}")
     if client.cluster is not None and client.cluster != cluster:
-        raise Refusal(403, "a node can only write as a node of its own cluster")
+        mine, other = short_name(client.cluster), short_name(str(cluster))
+        raise DeniedError(403, f"may write as a node of cluster {mine}, not of {other}")
     return True
 
 

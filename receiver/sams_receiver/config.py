@@ -86,6 +86,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     body_bytes: Positive = 32 << 20
     batch_bytes: Annotated[int, Meta(ge=1, le=wire.MAX_BYTES)] = 32 << 20
+    records: Annotated[int, Meta(ge=1, le=wire.MAX_RECORDS)] = 250_000
     in_flight_bytes: Positive = 256 << 20
     body_seconds: Positive = 60
     idle_seconds: Positive = 75

@@ -18,6 +18,7 @@ import pki
 import pytest
 import receiving
 import requests
+import shipping
 from receiving import Receiver, private
 
 from sams_ebpf import wire
@@ -175,6 +176,20 @@ def test_guessed_passwords_are_not_even_looked_at_after_a_while(tmp_path: Path) 
         statuses = [send(receiver.url, auth=("n1", f"guess {n}")) for n in range(6)]
         assert statuses == [401] * 3 + [429] * 3
         assert send(receiver.url, sequence=1, auth=("n1", PASSWORD)) == 200
+
+
+def test_a_node_that_writes_as_another_is_counted_and_does_not_fill_the_log(
+    tmp_path: Path,
+) -> None:
+    tokens = receiving.tokens(tmp_path / "t", {"n1": "a" * 40})
+    limits = {"failures_per_minute": 3}
+    with Receiver(tmp_path, tokens_file=str(tokens), limits=limits).start() as receiver:
+        mine = {"headers": {"Authorization": "Bearer " + "a" * 40}}
+        assert [send(receiver.url, node="n2", **mine) for _ in range(9)] == [403] * 9
+        assert receiver.log.read_text().count("n1 denied: may write as node n1, not as n2") == 3
+        assert receiving.metric(receiver.url, "denied_total") == 9
+        # It is told from others by its name: neither it nor anybody else is shut out.
+        assert send(receiver.url, node="n1", **mine) == 200
 
 
 def test_a_client_that_asks_too_often_is_told_to_wait(tmp_path: Path) -> None:
@@ -458,6 +473,16 @@ def test_mutual_tls_without_a_proxy(tls: Receiver, certs: Pki) -> None:
     assert send(url, cert=certs.n2, headers=forged, **trusted) == 403
     assert requests.get(f"{url}/metrics", timeout=10, verify=str(certs.ca)).status_code == 200
     assert nodes_stored(tls) == []
+    # Both sides are told why.
+    said = [line for line in tls.lines() if "a client's certificate at " in line]
+    for reason in ("certificate has expired", "local issuer certificate", "certificate revoked"):
+        assert len([line for line in said if reason in line]) == 1, said
+    shown = requests.get(f"{url}/metrics", timeout=10, verify=str(certs.ca)).text
+    assert 'sams_receiver_denied_total{status="tls"} 3.0' in shown
+    assert 'sams_receiver_denied_total{status="403"} 3.0' in shown
+    for wrong, reason in ((certs.expired, "EXPIRED"), (certs.stranger, "UNKNOWN_CA")):
+        with pytest.raises(requests.exceptions.SSLError, match=reason):
+            requests.get(f"{url}/healthz", cert=wrong, timeout=10, **trusted)
     assert send(url, node="n1", cert=certs.n1, **trusted) == 200
     assert send(url, node="n2", cert=certs.n2, **trusted) == 200
     assert sorted(nodes_stored(tls)) == [("n1", True), ("n2", True)]
@@ -630,6 +655,30 @@ def test_behind_real_nginx(behind: Receiver, start_nginx: StartNginx, certs: Pki
         f"{by_cert}/v1/batches", body, headers=MSGPACK, cert=certs.n1, timeout=30, **trusted
     )
     assert answer.status_code == 413
+
+
+@pytest.mark.system
+def test_a_certificate_that_nginx_refuses_costs_no_batch(
+    tmp_path: Path, behind: Receiver, start_nginx: StartNginx, certs: Pki
+) -> None:
+    """It answers 400, which a receiver says of a batch that is none."""
+    nginx = start_nginx()
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    for pair in (certs.expired, certs.stranger, None, certs.n1):
+        target: dict[str, Any] = {"url": nginx.url(0), "ca_file": str(certs.ca)}
+        if pair is not None:
+            target |= {"client_certificate": pair[0], "client_key": pair[1]}
+        config = shipping.configure(tmp_path / "node.yaml", folder, {"main": target})
+        if pair is not certs.n1:
+            sent = shipping.fill(folder, 3)
+            ran = shipping.once(config)
+            assert ran.returncode == 4
+            assert "SSL certificate" in ran.stderr
+            assert len(shipping.waiting(folder)) == 3
+            assert list((folder / "rejected").iterdir()) == []
+    assert shipping.once(config).returncode == 0
+    assert sorted(receiving.stored(behind.archive)) == sorted(sent)
 
 
 @pytest.mark.system

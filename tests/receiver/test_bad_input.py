@@ -199,6 +199,50 @@ def test_100_000_records_are_taken(tmp_path: Path) -> None:
         print(f"{len(body)} bytes, {len(packed)} compressed, {receiver.rss() >> 20} MB resident")
 
 
+def _many(fields: list[str], row: bytes, count: int) -> bytes:
+    """A batch of very many equal records."""
+    head = wire.to_plain(batches.encoded(records=1)) | {"fields": fields, "sums": []}
+    del head["records"]
+    pairs = [msgspec.msgpack.encode(part) for item in head.items() for part in item]
+    records = b"\xa7records\xdd" + count.to_bytes(4, "big") + row * count
+    return b"\xde" + (len(head) + 1).to_bytes(2, "big") + b"".join(pairs) + records
+
+
+def test_a_little_that_becomes_very_much_is_refused_before_it_does(tmp_path: Path) -> None:
+    """Three kilobytes on the wire, thirty million values: neither memory nor time for them."""
+    wide = [*wire.FIELDS, *(f"x{n}" for n in range(64 - len(wire.FIELDS)))]
+    core = b'{"sams.sampler.Core": {"jobid": 1, "node": "n1"}, "x": ['
+    bodies = {
+        "lists": ("/1/x.json", core + b"[]," * 10_000_000 + b"1]}"),
+        "numbers": ("/1/x.json", core + b"999," * 8_000_000 + b"1]}"),
+        "records": ("/v1/batches", _many(list(wire.FIELDS), b"\x94\xc4\0\0\xc0\0", 1_000_000)),
+        "columns": ("/v1/batches", _many(wide, b"\xdc\0\x40\xc4\0\0\xc0" + bytes(61), 480_000)),
+    }
+    with Receiver(tmp_path).start() as receiver:
+        for what, (path, body) in bodies.items():
+            packed = fmt.compress([body])
+            assert len(packed) < 10_000
+            assert 5_000_000 < len(body) < 32 << 20
+            headers = HEADERS | {"Content-Encoding": "zstd"}
+            answer = requests.post(receiver.url + path, packed, headers=headers, timeout=60)
+            assert answer.status_code == 413, (what, answer.text)
+            assert re.search("values in it|records: 250000 are taken", answer.text)
+        assert receiver.peak() < MEMORY
+        print(f"peak {receiver.peak() >> 20} MB")
+
+
+def test_the_bound_on_records_is_exact(tmp_path: Path) -> None:
+    with Receiver(tmp_path, limits={"records": 20}).start() as receiver:
+        statuses = [
+            requests.post(
+                f"{receiver.url}/v1/batches", batches.encoded(records=n, sequence=n),
+                headers=HEADERS, timeout=10,
+            ).status_code
+            for n in (19, 20, 21, 22)
+        ]  # fmt: skip
+        assert statuses == [200, 200, 413, 413]
+
+
 def test_statuses_mean_what_they_say(tmp_path: Path) -> None:
     limits = {"body_bytes": 20_000, "batch_bytes": 30_000}
     with Receiver(tmp_path, limits=limits).start() as receiver:

@@ -453,7 +453,7 @@ class Front(web.Server):
         self._budget.open += 1
         if transport.get_extra_info("sslcontext") is not self.context:
             transport.abort()  # shook hands by certificates that were replaced meanwhile
-        if self._budget.open > self._app.config.limits.connections:
+        if self._budget.open > self._budget.most:
             self._app.metrics.limited.labels("connections").inc()
             transport.abort()
 
@@ -514,10 +514,11 @@ class Front(web.Server):
 
 
 class Budget:
-    """Connections open on all listeners together."""
+    """Connections open on all listeners together, and how many there may be."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self.open = 0
+        self.most = most
 
 
 def _wants(method: str, wanted: str) -> None:

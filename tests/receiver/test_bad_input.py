@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,11 +37,14 @@ def _fuzz(folder: Path, bodies: int, connections: int) -> None:
         "burst": 100_000,
         "failures_per_minute": 10**6,
         "batch_bytes": 8 << 20,
+        "body_seconds": 2,
     }
     quotas = {"aside_bytes_per_day": 3 << 20}
     with Receiver(folder, limits=limits, quotas=quotas).start() as receiver:
         load = Load(receiver.url, clients=3, seed=10**6)
         peak = [0]
+        answered = [0]
+        slow = Slow(receiver.ports[0])
         seen: dict[str, set[int]] = {}
 
         async def one(session: aiohttp.ClientSession, seed: int) -> None:
@@ -53,6 +57,7 @@ def _fuzz(folder: Path, bodies: int, connections: int) -> None:
                     aiohttp.client.URL(url, encoded=True), data=made.body, headers=headers
                 ) as answer:
                     seen.setdefault(made.what, set()).add(answer.status)
+                    answered[0] += 1
                     assert answer.status < 500, (seed, made.what, await answer.text())
 
         async def worker(session: aiohttp.ClientSession, seeds: list[int]) -> None:
@@ -72,12 +77,15 @@ def _fuzz(folder: Path, bodies: int, connections: int) -> None:
                     group.create_task(worker(session, seeds))
                 group.create_task(asyncio.to_thread(_raw, receiver, connections))
             load.stop()
+            await asyncio.to_thread(slow.stop)
             await sending
 
         asyncio.run(main())
         peak[0] = max(peak[0], receiver.rss())
         assert set(seen) == {what for what, _ in hostile._KINDS}
+        assert answered[0] > 0.95 * bodies
         assert 413 in seen["bomb"]
+        assert slow.cut > 0
         assert load.statuses.keys() == {200}
         assert len(load.acknowledged) > 20
         assert receiving.get(receiver.url, "/healthz")[0] == 200
@@ -95,8 +103,9 @@ def _fuzz(folder: Path, bodies: int, connections: int) -> None:
         aside = sum(path.stat().st_size for path in (receiver.archive / "aside").iterdir())
         assert 0 < aside < 4 << 20
         print(
-            f"{bodies} bodies, {connections} raw connections, {len(load.acknowledged)} valid"
-            f" batches beside them, peak {peak[0] >> 20} MB, statuses by kind {seen}"
+            f"{answered[0]} of {bodies} bodies answered, {connections} raw connections,"
+            f" {slow.cut} slow bodies cut off, {len(load.acknowledged)} valid batches beside them,"
+            f" peak {peak[0] >> 20} MB, statuses by kind {seen}"
         )
 
 
@@ -123,16 +132,46 @@ def test_ten_thousand_fuzzed_bodies(tmp_path: Path) -> None:
     _fuzz(tmp_path, 12_000, 1_000)
 
 
+SLOW = (
+    b"POST /v1/batches HTTP/1.1\r\nHost: x\r\nContent-Type: application/msgpack\r\n"
+    b"Authorization: Bearer " + TOKEN.encode() + b"\r\nContent-Length: 5000\r\n"
+)
+
+
+class Slow:
+    """Ten clients that never get on with their bodies, and come again when they are cut off."""
+
+    def __init__(self, port: int) -> None:
+        self.cut = 0
+        self._port = port
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        held: list[socket.socket] = []
+        while not self._stopped.wait(0.05):
+            while len(held) < 10:
+                held.append(socket.create_connection(("127.0.0.1", self._port)))
+                held[-1].sendall(SLOW + b"\r\n")
+            for sock in [one for one in held if _drip(one)]:
+                self.cut += 1
+                held.remove(sock)
+                sock.close()
+        for sock in held:
+            sock.close()
+
+
 def test_slow_bodies_and_slow_headers_are_cut_off(tmp_path: Path) -> None:
     limits = {"body_seconds": 1, "idle_seconds": 1, "connections": 60}
     with Receiver(tmp_path, limits=limits).start() as receiver:
-        head = (
-            b"POST /v1/batches HTTP/1.1\r\nHost: x\r\nContent-Type: application/msgpack\r\n"
-            b"Authorization: Bearer " + TOKEN.encode() + b"\r\nContent-Length: 5000\r\n"
-        )
         slow = [socket.create_connection(("127.0.0.1", receiver.ports[0])) for _ in range(40)]
         for at, sock in enumerate(slow):
-            sock.sendall(head if at % 2 else head + b"\r\n")
+            sock.sendall(SLOW if at % 2 else SLOW + b"\r\n")
         ended = [False] * len(slow)
         begin = time.monotonic()
         while not all(ended):
@@ -186,6 +225,44 @@ def test_more_connections_than_allowed_are_closed_and_the_rest_served(tmp_path: 
         assert held[0].recv(100).startswith(b"HTTP/1.1 200")
         for sock in held + over:
             sock.close()
+
+
+def test_connections_leave_files_for_the_archive(tmp_path: Path) -> None:
+    # 150 files in all, 96 of them for what is not a connection: more clients than that.
+    with Receiver(tmp_path, segments={"frames": 5}) as receiver:
+        receiver.start(prefix=("prlimit", "--nofile=100:150"))
+        (line,) = [line for line in receiver.lines() if "limits.connections" in line]
+        assert "150 are allowed (LimitNOFILE=): 54 connections are taken" in line
+        with requests.Session() as session:
+            session.headers.update(HEADERS)
+            url = f"{receiver.url}/v1/batches"
+            assert session.post(url, batches.encoded(), timeout=10).status_code == 200
+            held = []
+            for _ in range(300):
+                with contextlib.suppress(OSError):
+                    held.append(socket.create_connection(("127.0.0.1", receiver.ports[0]), 5))
+            for sequence in range(1, 40):
+                answer = session.post(url, batches.encoded(sequence=sequence), timeout=10)
+                assert answer.json() == {"status": "stored"}
+            end = time.monotonic() + 60
+            while len(list(receiver.archive.rglob("*.seg"))) < 8:
+                assert time.monotonic() < end, receiver.lines()
+                time.sleep(0.05)
+        for sock in held:
+            sock.close()
+        assert "Too many open files" not in receiver.log.read_text()
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(tmp_path: Path) -> None:
+    with Receiver(tmp_path, limits={"connections": 500}) as receiver:
+        receiver.start(prefix=("prlimit", "--nofile=100:2000"))
+        (line,) = [
+            line
+            for line in Path(f"/proc/{receiver.pid}/limits").read_text().splitlines()
+            if line.startswith("Max open files")
+        ]
+        assert line.split()[3:5] == ["596", "2000"]
+        assert not [line for line in receiver.lines() if "limits.connections" in line]
 
 
 def test_100_000_records_are_taken(tmp_path: Path) -> None:

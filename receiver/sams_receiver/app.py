@@ -24,6 +24,7 @@ from aiohttp.web_protocol import RequestHandler
 from msgspec import Meta
 
 from sams_ebpf import wire
+from sams_ebpf.settings import PLAIN_NAME
 from sams_receiver.archive import Flag, Item, Kind, SyncFailedError
 from sams_receiver.archive import format as fmt
 from sams_receiver.archive.aside import Aside
@@ -36,7 +37,6 @@ from sams_receiver.store import NotStoredError, Store
 
 log = logging.getLogger(__name__)
 
-PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _UPSTREAM_PATH: Final = re.compile(r"/([0-9]{1,19})/([A-Za-z0-9][A-Za-z0-9._-]{0,200})")
 # Bodies beyond this are decompressed in a thread and one at a time.
 _SMALL: Final = 1 << 20

@@ -17,6 +17,7 @@ from pathlib import Path
 import uvloop
 
 from sams_ebpf import durable
+from sams_ebpf.errors import UsageError
 from sams_ebpf.program import notify
 from sams_receiver import auth, config
 from sams_receiver.app import App, Budget, Front
@@ -58,6 +59,12 @@ def check_command(arguments: argparse.Namespace) -> int:
             tls_context(listener.tls)
         if listener.proxy is not None and listener.proxy.secret_file is not None:
             auth.read_proxy_secret(listener.proxy.secret_file)
+    archive = settings.archive
+    if not archive.parent.is_dir() or (archive.exists() and not archive.is_dir()):
+        raise UsageError(
+            f"{arguments.config}: receiver.archive: {archive}: has to be a folder, or its parent"
+            " one: is the disk mounted?"
+        )
     print(f"{arguments.config}: good")
     return 0
 

@@ -285,6 +285,8 @@ def explain(error: BaseException) -> str:
             break
         cause = inner
     text = re.sub(r" \(_ssl\.c:\d+\)$", "", str(cause))
+    if isinstance(cause, ssl.SSLCertVerificationError) and re.search("expired|not yet valid", text):
+        text += " by this node's clock"
     return _line(text or type(cause).__name__)
 
 

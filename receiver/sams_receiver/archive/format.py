@@ -31,11 +31,13 @@ MAX_PAYLOAD: Final = wire.MAX_BYTES
 # 10 kB may otherwise hold 130 MB while it streams.
 WINDOW_LOG_MAX: Final = 23
 COMPRESSION_LEVEL: Final = 9
-BLOCK_BYTES: Final = 512 << 10
+# A flipped bit costs at most one block. 512 KiB would save a sixteenth of a sealed segment.
+BLOCK_BYTES: Final = 64 << 10
 
 _HEADER = struct.Struct("<8s16sIQQ8s8s")
 _HEADER_BYTES: Final = _HEADER.size + 4
 DATA_START: Final = 2 * _HEADER_BYTES
+MARKER_BYTES: Final = 8
 _FRAME = struct.Struct("<8sIBBHQ")
 _CHECK = struct.Struct("<I")
 FRAME_HEAD: Final = _FRAME.size + 4

@@ -392,6 +392,33 @@ def test_a_sealed_copy_that_differs_never_replaces_its_source(folder: Path) -> N
     assert len(list((folder / "aside").iterdir())) == 1
 
 
+def test_a_copy_that_reads_back_differently_leaves_the_raw_segment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that gives back something else than was written: noticed before the source goes."""
+    real = os.fsync
+
+    def rot(fd: int) -> None:
+        real(fd)
+        place = Path(f"/proc/self/fd/{fd}").readlink()
+        if place.name.endswith(".seg.tmp"):
+            flip(place, place.stat().st_size // 2)
+
+    with Appender.open(folder, partitions=1) as appender:
+        fill(appender, PAYLOADS[:50])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", rot)
+            with pytest.raises(ArchiveError, match="differs when read back"):
+                appender.seal(everything=True)
+        assert sorted(p.name for p in (folder / "p0000").iterdir()) == [
+            "000000000001.raw",
+            "committed",
+        ]
+        assert stored(folder) == PAYLOADS[:50]
+        assert appender.seal() == 1
+    assert stored(folder) == PAYLOADS[:50]
+
+
 def test_the_index_finds_what_is_stored_and_nothing_else(folder: Path, appender: Appender) -> None:
     kept = [batches.encoded(job=job, sequence=n) for job in range(9) for n in range(0, 40, 2)]
     fill(appender, kept)

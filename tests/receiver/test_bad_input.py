@@ -206,6 +206,22 @@ def _drip(sock: socket.socket) -> bool:
     return True
 
 
+def test_a_client_that_does_not_read_its_answers_is_cut_off(tmp_path: Path) -> None:
+    with Receiver(tmp_path, limits={"idle_seconds": 1}).start() as receiver:
+        request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 100
+        before = receiver.rss()
+        with socket.create_connection(("127.0.0.1", receiver.ports[0]), timeout=1) as sock:
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    sock.sendall(request)
+            # Nothing goes through any more. What is known by then of its requests is bounded.
+            assert receiver.rss() < before + (32 << 20)
+            sock.settimeout(None)
+            with pytest.raises(ConnectionError):
+                sock.sendall(request * 20_000)
+        assert receiving.get(receiver.url, "/healthz")[0] == 200
+
+
 def test_more_connections_than_allowed_are_closed_and_the_rest_served(tmp_path: Path) -> None:
     limits = {"connections": 20}
     with Receiver(tmp_path, limits=limits).start() as receiver:

@@ -326,6 +326,37 @@ def test_who_speaks_is_settled_before_the_body(tmp_path: Path) -> None:
                     assert sock.recv(1000).startswith(b"HTTP/1.1 200 OK")
 
 
+def test_every_kind_of_client_gets_its_answer_in_its_own_way(tmp_path: Path) -> None:
+    """Most answers are sent ready-made; who leaves, or speaks 1.0, is told so."""
+    with Receiver(tmp_path).start() as receiver:
+
+        def request(version: str, *lines: str, sequence: int = 0) -> bytes:
+            body = batches.encoded(sequence=sequence)
+            head = f"POST /v1/batches HTTP/{version}\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            head += "".join(f"{name}: {value}\r\n" for name, value in receiving.HEADERS.items())
+            return (
+                head.encode() + "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n" + body
+            )
+
+        def answers(requests: bytes) -> list[bytes]:
+            with socket.create_connection(("127.0.0.1", receiver.ports[0]), timeout=10) as sock:
+                sock.sendall(requests)
+                answer = b""
+                while piece := sock.recv(4096):
+                    answer += piece
+            return answer.split(b"HTTP/")[1:]
+
+        (old,) = answers(request("1.0", sequence=1))
+        assert old.startswith(b"1.0 200 OK\r\n")
+        assert old.endswith(b'\r\n\r\n{"status":"stored"}\n')
+        stays = request("1.1") * 3
+        first, *again, last = answers(stays + request("1.1", "Connection: close"))
+        text = b"1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b\n"
+        assert first == text % (20, b'{"status":"stored"}')
+        assert again == [text % (23, b'{"status":"duplicate"}')] * 2
+        assert b"\r\nConnection: close\r\n" in last
+
+
 # -- TLS, without anything in front ----------------------------------------------------
 
 

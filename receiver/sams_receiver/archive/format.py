@@ -6,6 +6,7 @@ All integers are little-endian. Times are nanoseconds since the Unix epoch.
 from __future__ import annotations
 
 import bisect
+import functools
 import secrets
 import struct
 from array import array
@@ -246,6 +247,7 @@ def parse_mark(data: Buffer) -> tuple[int, int] | None:
     return number, length
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def partition_of(cluster: str | None, node: str | None, partitions: int) -> int:
     """Which partition a node's batches go to, the same on every machine and for ever."""
     name = f"{cluster or ''}\0{node or ''}".encode()

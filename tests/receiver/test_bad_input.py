@@ -409,6 +409,7 @@ def _decode(data: bytes) -> None:
         header = wire.check(data)
         tag = fmt.batch_tag(header, data)
         assert fmt.tag_of(fmt.Kind.COUNTERS, data) == tag
+        assert wire.outline(data).records == len(wire.decode_rows(data))
 
 
 _leaf = st.one_of(

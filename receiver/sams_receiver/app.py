@@ -126,6 +126,7 @@ class App:
         if wait:
             self.metrics.limited.labels("rate").inc()
             raise Refusal(429, "too many requests", retry=wait)
+        front.admitted(request)
         return client
 
     async def _identify(self, request: web.BaseRequest, front: Front) -> Client:
@@ -448,24 +449,26 @@ class Front(web.Server):
         )
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
-        """Take a connection, or close it if there are too many."""
+        """Take a connection; if there are too many, a stranger's is closed for it."""
         super().connection_made(handler, transport)
         self._since[handler] = time.monotonic()
         self._transports[handler] = transport
-        self._budget.open += 1
         if transport.get_extra_info("sslcontext") is not self.context:
             transport.abort()  # shook hands by certificates that were replaced meanwhile
-        if self._budget.open > self._budget.most:
+        if not self._budget.opened(handler, transport):
             self._app.metrics.limited.labels("connections").inc()
-            transport.abort()
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
         """Forget a connection."""
         if self._transports.pop(handler, None) is not None:
-            self._budget.open -= 1
+            self._budget.closed(handler)
         self._since.pop(handler, None)
         self._retiring.discard(handler)
         super().connection_lost(handler, exc)
+
+    def admitted(self, request: web.BaseRequest) -> None:
+        """Note that the other side of a connection is known."""
+        self._budget.admitted(request.protocol)
 
     def refused(self, reason: str) -> None:
         """Note a client whose certificate was not accepted; TLS does not tell its address."""
@@ -516,11 +519,34 @@ class Front(web.Server):
 
 
 class Budget:
-    """Connections open on all listeners together, and how many there may be."""
+    """Connections open on all listeners together, and how many there may be.
+
+    Beyond that the oldest goes of those on which nobody has been let in yet: strangers who
+    hold as many as they can shut out nobody who has a credential.
+    """
 
     def __init__(self, most: int) -> None:
         self.open = 0
         self.most = most
+        self._strangers: dict[RequestHandler, asyncio.Transport] = {}
+
+    def opened(self, handler: RequestHandler, transport: asyncio.Transport) -> bool:
+        """Count a connection; False if one had to be closed, maybe this one."""
+        self.open += 1
+        self._strangers[handler] = transport
+        if self.open <= self.most:
+            return True
+        self._strangers.pop(next(iter(self._strangers))).abort()
+        return False
+
+    def admitted(self, handler: RequestHandler) -> None:
+        """Its client is known."""
+        self._strangers.pop(handler, None)
+
+    def closed(self, handler: RequestHandler) -> None:
+        """Forget a connection."""
+        self.open -= 1
+        self._strangers.pop(handler, None)
 
 
 def _wants(method: str, wanted: str) -> None:

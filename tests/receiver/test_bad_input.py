@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import random
 import re
 import socket
@@ -222,25 +223,38 @@ def test_a_client_that_does_not_read_its_answers_is_cut_off(tmp_path: Path) -> N
         assert receiving.get(receiver.url, "/healthz")[0] == 200
 
 
-def test_more_connections_than_allowed_are_closed_and_the_rest_served(tmp_path: Path) -> None:
-    limits = {"connections": 20}
-    with Receiver(tmp_path, limits=limits).start() as receiver:
-        held = [socket.create_connection(("127.0.0.1", receiver.ports[0])) for _ in range(19)]
-        over = [socket.create_connection(("127.0.0.1", receiver.ports[0])) for _ in range(30)]
-        for sock in held + over:
-            sock.settimeout(5)
+def test_strangers_with_more_connections_than_allowed_shut_nobody_out(tmp_path: Path) -> None:
+    with Receiver(tmp_path, limits={"connections": 20}).start() as receiver:
+        known = http.client.HTTPConnection("127.0.0.1", receiver.ports[0], timeout=10)
+
+        def post(sequence: int) -> bytes:
+            known.request("POST", "/v1/batches", batches.encoded(sequence=sequence), HEADERS)
+            return known.getresponse().read()
+
+        assert post(0) == b'{"status":"stored"}\n'
+        connection = known.sock
+        strangers = [socket.create_connection(("127.0.0.1", receiver.ports[0])) for _ in range(60)]
+        # Who is in stays in, over the same connection; who has a credential gets in.
+        for sequence in range(1, 10):
+            assert post(sequence) == b'{"status":"stored"}\n'
+            answer = requests.post(
+                f"{receiver.url}/v1/batches", batches.encoded(job=7, sequence=sequence),
+                headers=HEADERS, timeout=10,
+            )  # fmt: skip
+            assert answer.json() == {"status": "stored"}
+        assert known.sock is connection
+        known.close()
+        # The oldest of the strangers had to go, the newest are still there.
         closed = 0
-        for sock in over:
-            try:
-                sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                closed += sock.recv(100) == b""
-            except ConnectionError:
+        for sock in strangers:
+            sock.settimeout(0.1)
+            with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(ConnectionError):
+                    assert sock.recv(1) == b""
                 closed += 1
-        assert 0 < closed <= len(over)
-        held[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert held[0].recv(100).startswith(b"HTTP/1.1 200")
-        for sock in held + over:
             sock.close()
+        assert 40 <= closed < 60
+        assert receiving.metric(receiver.url, "limited_total") >= 40
 
 
 def test_connections_leave_files_for_the_archive(tmp_path: Path) -> None:

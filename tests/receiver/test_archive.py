@@ -247,6 +247,34 @@ def test_a_flipped_bit_in_a_sealed_segment_costs_no_more_than_its_block(
     print(f"{len(costs)} flips cost {sum(costs) / len(costs):.1f} frames, {max(costs)} at most")
 
 
+def test_a_sealed_segment_that_was_cut_gives_what_is_left_and_says_so(
+    folder: Path, appender: Appender
+) -> None:
+    fill(appender, PAYLOADS)
+    appender.seal(everything=True)
+    (path,) = (folder / "p0000").glob("*.seg")
+    (segment,) = Archive.open(folder).segments()
+    blocks, frames = segment.index().blocks, list(segment.frames())
+    whole = path.read_bytes()
+    for size in range(blocks[1].offset, len(whole), 997):
+        path.write_bytes(whole[:size])
+        problems: list[archive.Problem] = []
+        (cut,) = Archive.open(folder).segments()
+        found = [frame.data for frame in cut.frames(on_damage=problems.append)]
+        left = [b for b in blocks if b.offset + b.length <= size]
+        end = left[-1].raw_offset + left[-1].raw_length
+        assert found[: sum(frame.end <= end for frame in frames)] == [
+            frame.data for frame in frames if frame.end <= end
+        ]
+        assert found == PAYLOADS[: len(found)]
+        # Behind the last block stand only directory and index: all is there, whatever they say.
+        assert bool(problems) is (len(left) < len(blocks) or size < left[-1].offset + 4)
+    for size in (0, 1, blocks[1].offset // 2):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ArchiveError, match="header"):
+            stored(folder)
+
+
 def test_no_payload_passes_for_a_frame_behind_damage(folder: Path, appender: Appender) -> None:
     # What a hostile node would send: a payload full of frames, with a marker of its own.
     fake = fmt.pack_frame(fmt.new_marker(), Kind.COUNTERS, 1, 1, PAYLOADS[0])

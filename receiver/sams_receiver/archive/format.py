@@ -191,6 +191,7 @@ def needs(data: Buffer, at: int, marker: bytes) -> int:
 
 Read = Callable[[int, int], bytes]
 _WINDOW: Final = 1 << 20
+_STEP: Final = 128 << 10
 
 
 def scan(read: Read, start: int, end: int, marker: bytes) -> Iterator[Frame | Damage]:
@@ -561,27 +562,33 @@ def _decompressor() -> zstd.ZstdDecompressor:
     )
 
 
-def walk(data: Buffer, limit: int) -> Iterator[bytes]:
-    """Parts of all zstd frames of a sealed file, without its index; stops at damage."""
-    rest = bytes(data)
-    size = 0
-    while rest:
-        if int.from_bytes(rest[:4], "little") == _SKIPPABLE:
-            return
+def walk(data: bytes, limit: int) -> Iterator[bytes]:
+    """Parts of all zstd frames of a sealed file, without its index.
+
+    Raises FormatError at damage, or where the file ends without anything behind them.
+    """
+    at = size = 0
+    while int.from_bytes(data[at : at + 4], "little") != _SKIPPABLE:
+        feed, fed = data[at : at + _STEP], at + _STEP
+        behind = _CHECK.size if self_checking(feed) else 0
+        if behind:
+            feed = _unchecked(feed)
         decompressor = _decompressor()
-        behind = _CHECK.size if self_checking(rest) else 0
-        feed = _unchecked(rest) if behind else rest
         try:
             while not decompressor.eof:
                 part = decompressor.decompress(feed, max_length=1 << 20)
                 feed = b""
                 size += len(part)
-                if size > limit or (not part and decompressor.needs_input):
-                    return
+                if size > limit:
+                    raise FormatError(f"more than {limit} bytes when decompressed")
+                if not part and decompressor.needs_input:
+                    feed, fed = data[fed : fed + _STEP], fed + _STEP
+                    if not feed:
+                        raise FormatError("sealed segment is cut")
                 yield part
-        except zstd.ZstdError:
-            return
-        rest = decompressor.unused_data[behind:]
+        except zstd.ZstdError as error:
+            raise FormatError(f"not valid zstd: {error}") from error
+        at = min(fed, len(data)) - len(decompressor.unused_data) + behind
 
 
 def join_blocks(frames: Iterable[Frame | Damage], start: int) -> Iterator[tuple[int, int]]:

@@ -283,12 +283,24 @@ class Segment:
 
     def _unindexed_items(self, from_offset: int) -> Iterator[fmt.Frame | fmt.Damage]:
         with self._open(self.sealed_path) as file:
-            data = b"".join(fmt.walk(file.read(MAX_SEGMENT), MAX_SEGMENT))
-        header = self._check(data)
+            packed = file.read(MAX_SEGMENT)
+        data = bytearray()
+        problem: fmt.FormatError | None = None
+        try:
+            for part in fmt.walk(packed, MAX_SEGMENT):
+                data += part
+        except fmt.FormatError as error:
+            problem = error
+        header = self._check(data[: fmt.DATA_START])
         begin = max(from_offset, fmt.DATA_START)
-        yield from fmt.scan(_within(data, 0), begin, len(data), header.marker)
+        whole = bytes(data)
+        yield from fmt.scan(_within(whole, 0), begin, len(whole), header.marker)
+        if problem is not None:
+            # Nothing tells any more how much there was.
+            log.warning("segment %s: %s; what came after is lost", self._id, problem)
+            yield fmt.Damage(len(whole), 0, tail=True)
 
-    def _check(self, data: bytes) -> fmt.SegmentHeader:
+    def _check(self, data: bytes | bytearray) -> fmt.SegmentHeader:
         try:
             header = fmt.parse_segment_header(data)
         except fmt.FormatError as error:

@@ -55,12 +55,16 @@ class Options(NamedTuple):
 
 
 class Payload(NamedTuple):
-    """One thing to be read: what it is (as `archive.Kind` counts), where it stood, its bytes."""
+    """One thing to be read: what it is (as `archive.Kind` counts), where it stood, its bytes.
+
+    vouched: whether who sent it proved to be the node that it names.
+    """
 
     kind: int
     place: str
     data: bytes
     received_ns: int = 0
+    vouched: bool = False
 
 
 class Result(NamedTuple):
@@ -108,9 +112,9 @@ class Builder:
         self.frames += 1
         try:
             if payload.kind == KIND_COUNTERS:
-                self._add_batch(payload.data, BATCH, payload.place)
+                self._add_batch(payload.data, BATCH, payload)
             elif payload.kind == KIND_SAMS_JSON:
-                self._add_batch(self._from_json(payload.data), SAMS_JSON, payload.place)
+                self._add_batch(self._from_json(payload.data), SAMS_JSON, payload)
             elif payload.kind == KIND_SACCT:
                 jobs, problems = sacct.parse(payload.data)
                 self._jobs += jobs
@@ -128,8 +132,8 @@ class Builder:
         """
         others = self._batches.add_segment(picked, BATCH)
         self.frames += self._batches.of_segment
-        for kind, place, data in others:
-            self.add(Payload(kind, place, data))
+        for kind, place, data, vouched in others:
+            self.add(Payload(kind, place, data, vouched=vouched))
 
     def write(self, folder: Path) -> Result:
         """Write what was collected. Raises OSError (a full disk, …)."""
@@ -164,10 +168,10 @@ class Builder:
         if len(self.bad) < MAX_PROBLEMS:
             self.bad.append((place, reason))
 
-    def _add_batch(self, data: bytes, origin: str, place: str) -> None:
+    def _add_batch(self, data: bytes, origin: str, of: Payload) -> None:
         if self._check:
             wire.check(data)
-        self._batches.add(data, wire.outline(data), origin, place)
+        self._batches.add(data, wire.outline(data), origin, of.place, vouched=of.vouched)
 
     def _from_json(self, data: bytes) -> bytes:
         options = self._options
@@ -354,8 +358,9 @@ class _Rows:
         months = self._month[places].tolist()
         ends = self._sorted["end_ns"][places].tolist()
         origins = [*map(self._batches.origin, self._order[places].tolist())]
-        for month, end_ns, origin, (of, generation, sequence, tie, header) in zip(
-            months, ends, origins, self._each(places), strict=True
+        vouched = ((self._sorted["bits"][places] & dr.UNVOUCHED) == 0).astype(np.int64).tolist()
+        for month, end_ns, origin, proved, (of, generation, sequence, tie, header) in zip(
+            months, ends, origins, vouched, self._each(places), strict=True
         ):
             ledger, final = header.ledger, header.final
             by, lost, processes = ledger.unattributed_by, ledger.lost, header.processes
@@ -365,7 +370,7 @@ class _Rows:
                  int(header.unclaimed), final and final.reason, final and final.live,
                  ledger.cgroup_cpu_ns, ledger.attributed_cpu_ns, ledger.outside_cpu_ns,
                  ledger.age_ns, (by and _json(by)) or None, (lost and _json(lost)) or None,
-                 processes and _json(processes), header.executables, origin)
+                 processes and _json(processes), header.executables, origin, proved)
             )  # fmt: skip
 
     def _table(

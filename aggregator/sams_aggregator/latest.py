@@ -8,10 +8,13 @@ of the rest the first record of each executable counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from sams_aggregator.tables import Column
+
+_WIDE: Final = 1 << 31
 
 
 def starts(*keys: Column) -> Column:
@@ -34,24 +37,33 @@ def needed(epoch: Column, interval: Column, whole: Column) -> Column:
     return chosen
 
 
+def numbered(keys: Sequence[Column]) -> Column:
+    """One integer for each row, equal where all its keys are. Keys are integers from 0 on."""
+    number = np.zeros(len(keys[0]), dtype=np.int64)
+    room = 1
+    for one in keys:
+        key, width = one, int(one.max(initial=0)) + 1
+        if width > _WIDE:
+            key = np.unique(one, return_inverse=True)[1]
+            width = int(key.max(initial=0)) + 1
+        room *= width
+        if room >= 2**63:  # More than fits side by side: number what there is so far.
+            number = np.unique(number, return_inverse=True)[1]
+            room = (int(number.max(initial=0)) + 1) * width
+        number = number * width + key
+    return number
+
+
 def first_of_each(keys: Sequence[Column]) -> Column | None:
     """Mask of the rows that are the first with their keys; None for all of them.
 
-    Keys are small integers from 0 on.
+    Keys are integers from 0 on.
     """
-    key = np.zeros(len(keys[0]), dtype=np.int64)
-    room = 1
-    for one in keys:
-        width = int(one.max(initial=0)) + 1
-        room *= width
-        if room >= 2**63:  # More than fits side by side: number what there is so far.
-            key = np.unique(key, return_inverse=True)[1]
-            room = (int(key.max(initial=0)) + 1) * width
-        key = key * width + one
-    ordered = np.sort(key)
+    number = numbered(keys)
+    ordered = np.sort(number)
     if not (ordered[1:] == ordered[:-1]).any():
         return None
-    order = np.argsort(key, kind="stable")
-    mask = np.zeros(len(key), dtype=bool)
-    mask[order[starts(key[order])]] = True
+    order = np.argsort(number, kind="stable")
+    mask = np.zeros(len(number), dtype=bool)
+    mask[order[starts(number[order])]] = True
     return mask

@@ -8,11 +8,9 @@ supersedes are not decoded, with a directory not even looked at.
 
 from __future__ import annotations
 
-import gc
 import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -24,6 +22,7 @@ import pyarrow as pa
 
 from sams_aggregator import latest, records, sacct, sams_facts, tables
 from sams_aggregator.batches import Batches, DirectoryError, Picked
+from sams_aggregator.garbage import uncollected
 from sams_aggregator.months import of_zone
 from sams_aggregator.records import Records
 from sams_aggregator.tables import Column, SetWriter, integers
@@ -186,7 +185,7 @@ def _sender(cluster: str | None, node: str | None) -> bytes:
 
 def work(payloads: Iterable[Payload], options: Options, folder: Path) -> Result:
     """All payloads of one unit into one set in `folder`."""
-    with _no_collector():
+    with uncollected():
         builder = Builder(options)
         for payload in payloads:
             builder.add(payload)
@@ -195,7 +194,7 @@ def work(payloads: Iterable[Payload], options: Options, folder: Path) -> Result:
 
 def work_picked(picked: Picked, options: Options, folder: Path) -> Result | None:
     """The same for a segment with a directory; None if only its frames can tell."""
-    with _no_collector():
+    with uncollected():
         builder = Builder(options)
         try:
             builder.add_segment(picked)
@@ -380,8 +379,6 @@ class _Rows:
         batch = np.repeat(np.arange(len(chosen)), counts)
         of = np.cumsum(latest.starts(self._epoch[chosen], interval[chosen])) - 1
         flags = found.numbers["flags"][rows]
-        if flags.max(initial=0) > 2 * max(wire.FLAG_NAMES):
-            flags = np.unique(flags, return_inverse=True)[1]
         first = latest.first_of_each((of[batch], found.path.codes[rows], flags))
         if first is not None:
             rows, batch = rows[first], batch[first]
@@ -425,16 +422,3 @@ _encoder: Final = msgspec.json.Encoder(order="sorted")
 
 def _json(value: Any) -> str:  # noqa: ANN401
     return _encoder.encode(value).decode()
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    # Millions of tuples that make no cycles: looking for cycles among them takes longer
-    # than all else.
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()

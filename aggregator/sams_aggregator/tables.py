@@ -218,11 +218,18 @@ class SetWriter:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def copy(connection: Any, query: str, path: Path, *, level: int = 1) -> None:  # noqa: ANN401
+def copy(
+    connection: Any,  # noqa: ANN401
+    query: str,
+    path: Path,
+    *,
+    level: int = 1,
+    row_group: int = ROW_GROUP,
+) -> None:
     """Write the rows of a query to a Parquet file."""
     connection.execute(
         f"COPY ({query}) TO {quoted(path)}"
-        f" (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL {level}, ROW_GROUP_SIZE {ROW_GROUP}"
+        f" (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL {level}, ROW_GROUP_SIZE {row_group}"
         # DuckDB 1.5 writes filters for BLOB columns that deny values which are there.
         ", WRITE_BLOOM_FILTER false)"
     )

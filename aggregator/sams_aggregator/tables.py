@@ -259,14 +259,24 @@ def write(columns: Mapping[str, Any], path: Path) -> None:
 
 def write_rows(table: str, rows: Sequence[Sequence[Any]], path: Path) -> None:
     """Write rows of plain Python, in the order of the schema's columns, to a Parquet file."""
-    columns = zip(*rows, strict=True)
-    write(
-        {
-            name: pa.array(column, _ARROW[kind])
-            for (name, kind), column in zip(SCHEMA[table].items(), columns, strict=True)
-        },
-        path,
-    )
+    write(columns(SCHEMA[table], rows), path)
+
+
+def columns(schema: Mapping[str, str], rows: Sequence[Sequence[Any]]) -> dict[str, pa.Array]:
+    """Columns of Arrow out of rows of plain Python, in the order of the schema's columns."""
+    every = zip(*rows, strict=True) if rows else [()] * len(schema)
+    return {
+        name: column(kind, values)
+        for (name, kind), values in zip(schema.items(), every, strict=True)
+    }
+
+
+def column(kind: str, values: Sequence[Any]) -> pa.Array:
+    """A column of Arrow out of plain Python."""
+    # Many columns say the same in all rows, or nothing: quicker to see than to take over.
+    if len(values) > 1 and values.count(values[0]) == len(values):
+        return pa.repeat(pa.scalar(values[0], _ARROW[kind]), len(values))
+    return pa.array(values, _ARROW[kind])
 
 
 def whole_numbers(values: Column) -> pa.Array:

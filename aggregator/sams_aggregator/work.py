@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -36,7 +36,20 @@ MAX_PROBLEMS: Final = 10_000
 SECOND: Final = 1_000_000_000
 BATCH: Final = "batch"
 SAMS_JSON: Final = "sams-json"
-_ORDER: Final = ("generation", "sequence", "digest")
+# Columns of the facts, and where they stand with the batches.
+_ORDER: Final = {"generation": "generation", "sequence": "sequence", "tie": "digest"}
+_OF_HEADER: Final = {
+    name: tables.SCHEMA["epochs"][name]
+    for name in (
+        "begin_ns", "mode", "loader", "software", "unclaimed", "final_reason", "final_live",
+        "cgroup_cpu_ns", "attributed_cpu_ns", "outside_cpu_ns", "age_ns", "unattributed_by",
+        "lost", "processes", "executables",
+    )
+}  # fmt: skip
+_DROPPED: Final = {
+    name: tables.SCHEMA["dropped"][name]
+    for name in ("first_sequence", "last_sequence", "batches", "bytes", "reason")
+}
 INTERVAL: Final = {"totals": "month", "points": "slot"}
 
 
@@ -138,7 +151,7 @@ class Builder:
         if None in rows.job_ids:
             jobs = set()
         name, found, size = None, [], 0
-        if rows.epochs or rows.dropped or self._jobs:
+        if rows.tables or self._jobs:
             with SetWriter(folder) as writer:
                 rows.write(writer)
                 if self._jobs:
@@ -217,13 +230,10 @@ class _Rows:
         self._months = of_zone(options.zone)
         self._every = options.points_every_s * SECOND
         self._set_aside = set_aside
-        self.epochs: list[tuple[Any, ...]] = []
-        self.claims: list[tuple[Any, ...]] = []
-        self.dropped: list[tuple[Any, ...]] = []
+        self.tables: dict[str, dict[str, Any]] = {}
         self.times: list[int] = []
         self.decoded = 0
         self.paths: tuple[bytes, ...] = ()
-        self._counters: dict[str, dict[str, Any]] = {}
         self._keys: list[bytes] = []
         self.job_ids: list[int | None] = []
         self.claimed: set[int] = set()
@@ -237,7 +247,7 @@ class _Rows:
         newest = np.flatnonzero(latest.starts(self._epoch))
         claimed = self._claimed(columns["claims"])
         wanted = np.concatenate([newest, claimed, *self._needed()])
-        self._batches.fetch(np.unique(self._order[wanted]))
+        self._batches.fetch(self._order[_places(len(self._order), wanted)])
         number = [
             keys.setdefault(_epoch_key(header), len(keys))
             for header in self._batches.headers(self._order[newest])
@@ -285,43 +295,62 @@ class _Rows:
             return totals, totals[:0]
         return totals, some[latest.needed(self._epoch[some], self._slot[some], whole)]
 
-    def _each(self, places: Column) -> Iterator[tuple[Any, ...]]:
-        """Epoch, generation, sequence, tie and header of batches."""
-        columns = [self._epoch, *(self._sorted[name] for name in _ORDER)]
-        headers = self._batches.headers(self._order[places])
-        return zip(*(column[places].tolist() for column in columns), headers, strict=True)
+    def _headers(self, places: Column) -> list[wire.Header]:
+        return self._batches.headers(self._order[places])
+
+    def _columns(self, table: str, places: Column, own: dict[str, pa.Array]) -> dict[str, Any]:
+        """Columns of a table, a row for each of these batches; `own` are those of this table."""
+        epoch = self._epoch[places]
+        columns = {
+            "epoch": pa.DictionaryArray.from_arrays(
+                epoch.astype(np.int32), pa.array(self._keys, pa.binary())
+            ),
+            "job_id": tables.whole_numbers(self._jobs[epoch]),
+            **{name: pa.array(self._sorted[of][places]) for name, of in _ORDER.items()},
+            **own,
+        }
+        return {name: columns[name] for name in tables.SCHEMA[table]}
 
     def _say_claims(self, places: Column) -> None:
+        """Table `claims`; with it come the job ids of the epochs."""
         self.job_ids = [None] * len(self._keys)
         last = -1
         said: list[wire.Claims] = []  # of this epoch
-        for of, generation, sequence, tie, header in self._each(places):
+        kept, rows = [], []
+        of_place = zip(
+            places.tolist(), self._epoch[places].tolist(), self._headers(places), strict=True
+        )
+        for place, of, header in of_place:
             made = header.claims
             if of != last:
                 last, said = of, []
             elif made in said:
                 continue
             said.append(made)
-            if made.job_id is not None:
-                self.claimed.add(made.job_id)
+            job_id = made.job_id
+            if job_id is not None:
+                self.claimed.add(job_id)
                 if self.job_ids[of] is None:
-                    self.job_ids[of] = made.job_id
-            self.claims.append((self._keys[of], generation, sequence, tie, *_plain_claims(made)))
+                    self.job_ids[of] = job_id
+            kept.append(place)
+            rows.append(_plain_claims(made))
+        self._jobs = integers(self.job_ids)
+        own = tables.columns(tables.CLAIMS, rows)
+        self.tables["claims"] = self._columns("claims", np.array(kept, dtype=np.int64), own)
 
     def _say_dropped(self, places: Column) -> None:
-        for of, *order, header in self._each(places):
-            dropped = header.dropped
-            if dropped is not None:
-                self.dropped.append(
-                    (self._keys[of], self.job_ids[of], *order, dropped.first_sequence,
-                     dropped.last_sequence, dropped.batches, dropped.bytes, dropped.reason)
-                )  # fmt: skip
+        heads = zip(places.tolist(), self._headers(places), strict=True)
+        said = [(place, head.dropped) for place, head in heads if head.dropped is not None]
+        if said:
+            own = tables.columns(_DROPPED, [_plain_dropped(one) for _, one in said])
+            kept = np.array([place for place, _ in said])
+            self.tables["dropped"] = self._columns("dropped", kept, own)
 
     def _count(self) -> None:
         """Rows of `points`, `totals`, `epochs`; batches that cannot be read are left out."""
         while True:
             totals, points = self._needed()
-            wanted = np.union1d(totals, points)
+            wanted = _places(len(self._order), np.append(totals, points))
             found = self._records(wanted)
             if not found.bad:
                 break
@@ -330,7 +359,6 @@ class _Rows:
             self._alive[wanted[list(found.bad)]] = False
         self.decoded = len(found.path.codes)
         self._say_epochs(totals[latest.starts(self._epoch[totals], self._month[totals])])
-        self._jobs = integers(self.job_ids)
         kept = self._table("totals", self._month, totals, wanted, found)
         used = np.unique(found.path.codes[kept]).tolist()
         self.paths = tuple(sorted(found.path.values[code] for code in used))
@@ -350,22 +378,29 @@ class _Rows:
         )
 
     def _say_epochs(self, places: Column) -> None:
-        months = self._month[places].tolist()
-        ends = self._sorted["end_ns"][places].tolist()
-        origins = [*map(self._batches.origin, self._order[places].tolist())]
-        for month, end_ns, origin, (of, generation, sequence, tie, header) in zip(
-            months, ends, origins, self._each(places), strict=True
-        ):
+        if not len(places):
+            return
+        rows = []
+        for header in self._headers(places):
             ledger, final = header.ledger, header.final
+            if ledger is None:
+                raise DirectoryError("batch of counters without a ledger")
             by, lost, processes = ledger.unattributed_by, ledger.lost, header.processes
-            self.epochs.append(
-                (self._keys[of], self.job_ids[of], month, generation, sequence, tie,
-                 header.begin_ns, end_ns, header.mode, header.loader, header.software,
+            rows.append(
+                (header.begin_ns, header.mode, header.loader, header.software,
                  int(header.unclaimed), final and final.reason, final and final.live,
                  ledger.cgroup_cpu_ns, ledger.attributed_cpu_ns, ledger.outside_cpu_ns,
                  ledger.age_ns, (by and _json(by)) or None, (lost and _json(lost)) or None,
-                 processes and _json(processes), header.executables, origin)
+                 processes and _json(processes), header.executables)
             )  # fmt: skip
+        origins = [*map(self._batches.origin, self._order[places].tolist())]
+        own = {
+            "month": pa.array(self._month[places]),
+            "end_ns": pa.array(self._sorted["end_ns"][places]),
+            "origin": tables.column("VARCHAR", origins),
+            **tables.columns(_OF_HEADER, rows),
+        }
+        self.tables["epochs"] = self._columns("epochs", places, own)
 
     def _table(
         self, table: str, interval: Column, chosen: Column, wanted: Column, found: Records
@@ -382,39 +417,36 @@ class _Rows:
         first = latest.first_of_each((of[batch], found.path.codes[rows], flags))
         if first is not None:
             rows, batch = rows[first], batch[first]
-        at = chosen[batch]
-        epoch = self._epoch[at]
-        columns: dict[str, Any] = {
-            "epoch": pa.DictionaryArray.from_arrays(
-                epoch.astype(np.int32), pa.array(self._keys, pa.binary())
-            ),
-            "job_id": tables.whole_numbers(self._jobs[epoch]),
-            INTERVAL[table]: pa.array(interval[at]),
-            **{key: pa.array(self._sorted[key][at]) for key in ("generation", "sequence")},
-            "tie": pa.array(self._sorted["digest"][at]),
-            "end_ns": pa.array(self._sorted["end_ns"][at]),
-            "path": found.path.array(rows),
-            "script": found.script.array(rows),
-            **{
-                key: tables.whole_numbers(column[rows]) for key, column in found.numbers.items()
-            },
-        }  # fmt: skip
         if len(rows):
-            self._counters[table] = {key: columns[key] for key in tables.SCHEMA[table]}
+            at = chosen[batch]
+            own = {
+                INTERVAL[table]: pa.array(interval[at]),
+                "end_ns": pa.array(self._sorted["end_ns"][at]),
+                "path": found.path.array(rows),
+                "script": found.script.array(rows),
+                **{
+                    name: tables.whole_numbers(column[rows])
+                    for name, column in found.numbers.items()
+                },
+            }
+            self.tables[table] = self._columns(table, at, own)
         return rows
 
     def write(self, writer: SetWriter) -> None:
         """Write every table that has rows."""
-        for table, columns in self._counters.items():
+        for table, columns in self.tables.items():
             tables.write(columns, writer.path(table))
-        for table, rows in (
-            ("epochs", self.epochs), ("claims", self.claims), ("dropped", self.dropped)
-        ):  # fmt: skip
-            if rows:
-                tables.write_rows(table, rows, writer.path(table))
+
+
+def _places(count: int, chosen: Column) -> Column:
+    """Places below `count`, each once, in order."""
+    mask = np.zeros(count, dtype=bool)
+    mask[chosen] = True
+    return np.flatnonzero(mask)
 
 
 _plain_claims: Final = operator.attrgetter(*tables.CLAIMS)
+_plain_dropped: Final = operator.attrgetter(*_DROPPED)
 
 
 _encoder: Final = msgspec.json.Encoder(order="sorted")

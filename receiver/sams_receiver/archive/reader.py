@@ -211,10 +211,13 @@ class Segment:
             return None
         return found
 
-    def block(self, number: int) -> bytes:
+    def block(
+        self, number: int, decompress: Callable[[bytes, int], bytes] = fmt.decompress
+    ) -> bytes:
         """One block of the raw form, its frames as they were. Raises fmt.FormatError.
 
         It has been compared with its checksum, so those of its frames need not be.
+        `decompress` takes what is packed and how long it may be at most.
         """
         if not self.index().blocks:
             raise fmt.FormatError("segment without blocks")
@@ -223,7 +226,7 @@ class Segment:
             packed = os.pread(file.fileno(), block.length, block.offset)
         if not fmt.self_checking(packed):
             raise fmt.FormatError("block without a checksum")
-        data = fmt.decompress(packed, block.raw_length)
+        data = decompress(packed, block.raw_length)
         if len(data) != block.raw_length:
             raise fmt.FormatError("block is shorter than its index says")
         return data

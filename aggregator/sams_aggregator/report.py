@@ -126,6 +126,8 @@ def keys_of(arguments: argparse.Namespace) -> tuple[str, ...]:
     unknown = [name for name in keys if name not in _KEYS]
     if unknown or not keys:
         raise UsageError(f"--by {by}: no key '{', '.join(unknown)}'; there are {', '.join(_KEYS)}")
+    if len(set(keys)) < len(keys):
+        raise UsageError(f"--by {by}: names a key twice")
     return keys
 
 

@@ -222,6 +222,8 @@ def test_upstreams_json_counts_unless_there_are_batches(site: Site) -> None:
     ("arguments", "reason"),
     [
         (("report", "--by", "colour"), "no key 'colour'"),
+        (("report", "--by", "user,month,user"), "names a key twice"),
+        (("reprocess", "--dask-file", "/nowhere"), "--dask-file /nowhere: no such file"),
         (("report", "--from", "2026"), "no month"),
         (("report", "--job", "1"), "neither in the facts"),
         (("timeline", "1"), "no points"),

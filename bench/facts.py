@@ -24,6 +24,10 @@ import msgspec
 from bench import facts_site
 from bench.facts_site import PARTITIONS
 from bench.section import Section, Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+import dask_cluster
+
 from sams_aggregator import (
     accounts,
     compact,
@@ -213,35 +217,22 @@ def fingerprint(data: Path) -> str:
 
 def on_dask(archive: Path, folder: Path, expected: str) -> tuple[float, bool]:
     """Median of several runs; and whether one with a killed worker gives the same facts."""
-    file = folder / "scheduler.json"
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    base = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port",
-            "0", "--no-dashboard", "--scheduler-file", str(file)]  # fmt: skip
-    worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(file),
-              "--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory",
-              str(folder)]  # fmt: skip
-    processes = [subprocess.Popen(base, **quiet)]
-    try:
-        while not file.exists():
-            time.sleep(0.1)
-        processes += [subprocess.Popen(worker, **quiet) for _ in range(2)]
+    with dask_cluster.started(folder) as cluster:
+        for _ in range(2):
+            cluster.worker()
         time.sleep(10)
         times = []
         for turn in range(DASK_TURNS):
             data = folder / f"dask{turn}"
-            times.append(timed(lambda data=data: dask_once(archive, data, file, None))[0])  # type: ignore[misc]
+            times.append(timed(lambda data=data: dask_once(archive, data, cluster.file, None))[0])  # type: ignore[misc]
             shutil.rmtree(data)
             print(f"dask: {times[-1]:.1f} s", file=sys.stderr)
-        processes.append(subprocess.Popen(worker, **quiet))
+        victim = cluster.worker()
         time.sleep(10)
-        dask_once(archive, folder / "killed", file, processes[-1])
+        dask_once(archive, folder / "killed", cluster.file, victim)
         same = fingerprint(folder / "killed") == expected
         shutil.rmtree(folder / "killed")
         return statistics.median(times), same
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def dask_once(

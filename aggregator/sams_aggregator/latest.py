@@ -29,7 +29,7 @@ def needed(epoch: Column, interval: Column, whole: Column) -> Column:
     """Places of the batches that have to be read, by epoch, interval, the latest first."""
     if not len(epoch):
         return np.zeros(0, dtype=np.int64)
-    order = np.lexsort((np.arange(len(epoch)), interval, epoch))
+    order = ordered([epoch, interval])
     first = np.flatnonzero(starts(epoch[order], interval[order]))
     closed = np.cumsum(whole[order]) - whole[order]  # whole ones in front of it, of all
     since = np.repeat(closed[first], np.diff(np.append(first, len(order))))
@@ -38,7 +38,7 @@ def needed(epoch: Column, interval: Column, whole: Column) -> Column:
 
 
 def numbered(keys: Sequence[Column]) -> Column:
-    """One integer for each row, equal where all its keys are. Keys are integers from 0 on."""
+    """One integer for each row, in the order of its keys. Keys are integers from 0 on."""
     number = np.zeros(len(keys[0]), dtype=np.int64)
     room = 1
     for one in keys:
@@ -54,14 +54,19 @@ def numbered(keys: Sequence[Column]) -> Column:
     return number
 
 
+def ordered(keys: Sequence[Column]) -> Column:
+    """Order of the rows by their keys, the first key first; equal ones stay as they are."""
+    return np.argsort(numbered(keys), kind="stable")
+
+
 def first_of_each(keys: Sequence[Column]) -> Column | None:
     """Mask of the rows that are the first with their keys; None for all of them.
 
     Keys are integers from 0 on.
     """
     number = numbered(keys)
-    ordered = np.sort(number)
-    if not (ordered[1:] == ordered[:-1]).any():
+    in_order = np.sort(number)
+    if not (in_order[1:] == in_order[:-1]).any():
         return None
     order = np.argsort(number, kind="stable")
     mask = np.zeros(len(number), dtype=bool)

@@ -238,7 +238,8 @@ def copy(
 _ARROW: Final = {"BIGINT": pa.int64(), "BLOB": pa.binary(), "VARCHAR": pa.string()}
 
 
-_LOOKED_UP: Final = ("job_id", "epoch", "month", "slot", "cluster", "end_ns")
+# Of epochs, which are random, least and greatest tell nothing.
+_LOOKED_UP: Final = ("job_id", "month", "slot", "cluster", "end_ns")
 
 
 def write(columns: Mapping[str, Any], path: Path) -> None:
@@ -275,7 +276,11 @@ def column(kind: str, values: Sequence[Any]) -> pa.Array:
     """A column of Arrow out of plain Python."""
     # Many columns say the same in all rows, or nothing: quicker to see than to take over.
     if len(values) > 1 and values.count(values[0]) == len(values):
-        return pa.repeat(pa.scalar(values[0], _ARROW[kind]), len(values))
+        if values[0] is None:
+            return pa.nulls(len(values), _ARROW[kind])
+        zeros = pa.array(np.zeros(len(values), dtype=np.int32))
+        one = pa.array(values[:1], _ARROW[kind])
+        return pa.DictionaryArray.from_arrays(zeros, one) if kind != "BIGINT" else one.take(zeros)
     return pa.array(values, _ARROW[kind])
 
 

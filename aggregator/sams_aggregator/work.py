@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -148,7 +148,7 @@ class Builder:
         rows = _Rows(self._batches, self._options, self._set_aside)
         times = [job.start_ns for job in self._jobs] + rows.times
         jobs = {job.job_id for job in self._jobs} | rows.claimed
-        if None in rows.job_ids:
+        if rows.nameless:
             jobs = set()
         name, found, size = None, [], 0
         if rows.tables or self._jobs:
@@ -235,8 +235,8 @@ class _Rows:
         self.decoded = 0
         self.paths: tuple[bytes, ...] = ()
         self._keys: list[bytes] = []
-        self.job_ids: list[int | None] = []
-        self.claimed: set[int] = set()
+        self.claimed: set[int] = set()  # job ids
+        self.nameless = False  # whether an epoch claims none
         columns = batches.columns()
         if len(columns["source"]):
             self._find(columns)
@@ -265,10 +265,11 @@ class _Rows:
     def _arrange(self, columns: dict[str, Column], epoch: Column) -> None:
         """Put the batches in order: by epoch, the latest first; the same one only once."""
         generation, sequence, tie = (columns[name] for name in ("generation", "sequence", "digest"))
-        order = np.lexsort((-sequence, -generation, epoch))
+        keys = [epoch, *(one.max() - one for one in (generation, sequence))]
+        order = latest.ordered(keys)
         same = ~latest.starts(epoch[order], generation[order], sequence[order])
         if same.any():
-            order = np.lexsort((-tie, -sequence, -generation, epoch))
+            order = latest.ordered([*keys, tie.max() - tie])
             order = order[
                 latest.starts(epoch[order], generation[order], sequence[order], tie[order])
             ]
@@ -282,7 +283,7 @@ class _Rows:
     def _claimed(self, claims: Column) -> Column:
         """Places of the last batch of an epoch with each of its claims, the latest first."""
         said = claims[self._order]
-        by_claims = np.lexsort((np.arange(len(said)), said, self._epoch))
+        by_claims = latest.ordered([self._epoch, said])
         firsts = by_claims[latest.starts(self._epoch[by_claims], said[by_claims])]
         return np.sort(firsts)
 
@@ -313,30 +314,20 @@ class _Rows:
 
     def _say_claims(self, places: Column) -> None:
         """Table `claims`; with it come the job ids of the epochs."""
-        self.job_ids = [None] * len(self._keys)
-        last = -1
-        said: list[wire.Claims] = []  # of this epoch
-        kept, rows = [], []
-        of_place = zip(
-            places.tolist(), self._epoch[places].tolist(), self._headers(places), strict=True
-        )
-        for place, of, header in of_place:
-            made = header.claims
-            if of != last:
-                last, said = of, []
-            elif made in said:
-                continue
-            said.append(made)
-            job_id = made.job_id
-            if job_id is not None:
-                self.claimed.add(job_id)
-                if self.job_ids[of] is None:
-                    self.job_ids[of] = job_id
-            kept.append(place)
-            rows.append(_plain_claims(made))
-        self._jobs = integers(self.job_ids)
-        own = tables.columns(tables.CLAIMS, rows)
-        self.tables["claims"] = self._columns("claims", np.array(kept, dtype=np.int64), own)
+        made = [header.claims for header in self._headers(places)]
+        epoch = self._epoch[places]
+        if not latest.starts(epoch).all():
+            kept = _different(epoch.tolist(), made)
+            places, epoch, made = places[kept], epoch[kept], [made[at] for at in kept]
+        job_ids = integers([claims.job_id for claims in made])
+        told = np.flatnonzero(job_ids != tables.NULL)
+        self.claimed = set(job_ids[told].tolist())
+        first = told[latest.starts(epoch[told])]  # what was said last of each epoch
+        self._jobs = np.full(len(self._keys), tables.NULL)
+        self._jobs[epoch[first]] = job_ids[first]
+        self.nameless = len(first) < len(self._keys)
+        own = tables.columns(tables.CLAIMS, [*map(_plain_claims, made)])
+        self.tables["claims"] = self._columns("claims", places, own)
 
     def _say_dropped(self, places: Column) -> None:
         heads = zip(places.tolist(), self._headers(places), strict=True)
@@ -436,6 +427,17 @@ class _Rows:
         """Write every table that has rows."""
         for table, columns in self.tables.items():
             tables.write(columns, writer.path(table))
+
+
+def _different(epoch: Sequence[int], made: Sequence[wire.Claims]) -> list[int]:
+    """Places of claims that no earlier one of the same epoch equals."""
+    said: dict[int, list[wire.Claims]] = {}
+    kept = []
+    for at, (of, claims) in enumerate(zip(epoch, made, strict=True)):
+        if claims not in said.setdefault(of, []):
+            said[of].append(claims)
+            kept.append(at)
+    return kept
 
 
 def _places(count: int, chosen: Column) -> Column:

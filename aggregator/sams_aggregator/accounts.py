@@ -93,7 +93,7 @@ def _there(made: Accounts) -> bool:
 
 def _make(view: Manifest, site: Site, base: Path, key: str) -> None:
     with SetWriter(base, key) as writer:
-        connection = tables.connect()
+        connection = tables.connect(memory=tables.MEMORY)
         connection.execute(f"SET temp_directory = {tables.quoted(writer.spill())}")
         build(connection, view, site)
         for name in TABLES:

@@ -99,6 +99,8 @@ SORTED_BY: Final[dict[str, str]] = {
 }
 
 ROW_GROUP: Final = 40_960
+# What DuckDB may take where it goes through everything; beyond, it uses the disk.
+MEMORY: Final = "2GB"
 _LINES: Final = 10_000
 _MAX_LINE: Final = 64 << 20
 
@@ -258,17 +260,22 @@ def write(columns: Mapping[str, Any], path: Path) -> None:
     )
 
 
-def write_rows(table: str, rows: Sequence[Sequence[Any]], path: Path) -> None:
-    """Write rows of plain Python, in the order of the schema's columns, to a Parquet file."""
-    write(columns(SCHEMA[table], rows), path)
-
-
 def columns(schema: Mapping[str, str], rows: Sequence[Sequence[Any]]) -> dict[str, pa.Array]:
     """Columns of Arrow out of rows of plain Python, in the order of the schema's columns."""
     every = zip(*rows, strict=True) if rows else [()] * len(schema)
     return {
         name: column(kind, values)
         for (name, kind), values in zip(schema.items(), every, strict=True)
+    }
+
+
+def joined(
+    schema: Mapping[str, str], parts: Sequence[Mapping[str, pa.Array]]
+) -> dict[str, pa.ChunkedArray]:
+    """Parts of a table one after the other."""
+    return {
+        name: pa.chunked_array([part[name].cast(_ARROW[kind]) for part in parts])
+        for name, kind in schema.items()
     }
 
 

@@ -97,7 +97,9 @@ def decide(
     def verdict(way: Way) -> Verdict:
         if way.loader is None:
             return host.judge(way, Facts(attempts=general))
-        loaded = load(way.loader)
+        # A compiler is not run, for seconds, where what it makes is refused whatever it is.
+        none = way.loader == "bcc" and (try_bpf().ok is False or _lockdown().ok is False)
+        loaded = Attempt(way.loader, None, "not tried") if none else load(way.loader)
         tried = msgspec.structs.replace(loaded, name=_LOADS[way.loader])
         causes = () if loaded.ok else tuple(_PREREQUISITES[name]() for name in way.before)
         return host.judge(way, Facts(attempts=(*general, *causes, tried)))

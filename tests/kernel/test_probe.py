@@ -12,7 +12,7 @@ from typing import Any
 import nobpf
 import pytest
 
-from sams_ebpf import cli, probe, programs
+from sams_ebpf import cli, host, probe, programs
 from sams_ebpf.cgroups import mounted
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Attempt
@@ -184,3 +184,18 @@ def test_lockdown_is_told_by_its_file(
         file.write_text(levels)
     monkeypatch.setattr(probe, "LOCKDOWN_FILE", file)
     assert probe._lockdown().ok is ok
+
+
+def test_nothing_is_compiled_under_lockdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(loader: str) -> Attempt:
+        asked.append(loader)
+        return Attempt(loader, False, "no")
+
+    locked = Attempt(host.LOCKDOWN, False, "confidentiality")
+    monkeypatch.setattr(probe, "_lockdown", lambda: locked)
+    monkeypatch.setitem(probe._PREREQUISITES, host.LOCKDOWN, lambda: locked)
+    choice = probe.decide(load)
+    assert (choice.mode, asked) == ("proc", ["libbpf"])
+    assert "bpf (libbpf) and bpf (bcc) not used: kernel lockdown: confidentiality" in choice.reason

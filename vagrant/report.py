@@ -130,6 +130,8 @@ def _overview(rows: list[Row], results: dict[str, Any]) -> list[str]:
 def _outcome(row: Row, parts: dict[str, Any]) -> str:
     """What came of a row's parts, and at which commits."""
     ran = {part: found for part, found in parts.items() if "not_run" not in found}
+    if not ran:
+        return f"not run: {'; '.join(sorted({found['not_run'] for found in parts.values()}))}"
     bad = [part for part, found in ran.items() if problems(row, part, found)]
     good, of = len(ran) - len(bad), len(row.parts)
     words = [f"all {of} parts as expected" if good == of else f"{good} of {of} parts as expected"]

@@ -45,7 +45,8 @@ def check(job: Job, case: Case, setup: SetUp, note: Note = lambda *_: None) -> N
     note("unexplained_ns", unexplained_ns(ledger))
     note("moves", int(case.moves))
     assert ledger.attributed_cpu_ns == result.total("cpu_ns"), "attributed is the sum of the rows"
-    assert abs(unexplained_ns(ledger)) <= bound_ns(result, setup, case), ledger
+    off, bound = unexplained_ns(ledger), bound_ns(result, setup, case)
+    assert abs(off) <= bound, f"{off} ns of {ledger.cgroup_cpu_ns}, {bound} allowed: {ledger}"
     assert None not in (processes.forks, processes.exits, processes.live)
     into = (processes.forks or 0) + (processes.adopted or 0) + (processes.moved_in or 0)
     out = (processes.exits or 0) + (processes.live or 0) + (processes.moved_out or 0)

@@ -1,6 +1,7 @@
 """A synthetic site's archive: 2,000 nodes, jobs of 5 to 120 batches, 20,000 paths.
 
-Made once for each size and kept in `.cache/bench`: 520 MB and some three minutes for all jobs.
+Made once for each size and kept in `$BENCH_CACHE`, or `.cache/bench` of this repository: 520 MB
+and some three minutes for all jobs.
 For a quick look, fewer: `BENCH_JOBS=20000 python -m bench facts -o /tmp/quick.md`.
 """
 
@@ -19,7 +20,8 @@ from sams_aggregator import sacct
 from sams_ebpf import wire
 from sams_receiver.archive import Appender, Archive, Item, Kind, partition_of
 
-ROOT = Path(__file__).resolve().parent.parent / ".cache" / "bench"
+HERE = Path(__file__).resolve().parent.parent
+ROOT = Path(os.environ.get("BENCH_CACHE") or HERE / ".cache" / "bench")
 JOBS = int(os.environ.get("BENCH_JOBS", "200000"))
 PATHS = 20_000
 NODES = 2_000

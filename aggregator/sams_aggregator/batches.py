@@ -11,6 +11,8 @@ from array import array
 from typing import Final, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+from backports import zstd
 
 from sams_aggregator.latest import starts
 from sams_aggregator.tables import Column
@@ -20,6 +22,7 @@ from sams_receiver.archive import Directory, Segment
 from sams_receiver.archive import directory as dr
 from sams_receiver.archive import format as fmt
 
+_CODEC: Final = pa.Codec("zstd")
 _NUMBERED: Final = ("source", "claims")
 
 
@@ -167,7 +170,7 @@ class _Segment:
         for first, last in itertools.pairwise([*firsts, len(rows)]):
             chosen = rows[first:last]
             try:
-                data = self._segment.block(int(self._block[chosen[0]]))
+                data = self._segment.block(int(self._block[chosen[0]]), decompressed)
             except fmt.FormatError as error:
                 raise DirectoryError(str(error)) from error
             begins, ends = self._begin[chosen].tolist(), self._end[chosen].tolist()
@@ -177,6 +180,17 @@ class _Segment:
 
     def place(self, at: int) -> str:
         return f"{self._name}, byte {self._offsets[at]}"
+
+
+def decompressed(packed: bytes, length: int) -> bytes:
+    """As the archive does, with Arrow: into one piece of a known length it takes half the time."""
+    try:
+        if zstd.get_frame_info(packed).decompressed_size != length:
+            raise fmt.FormatError("block has another length than its index says")
+        data: bytes = _CODEC.decompress(packed, decompressed_size=length, asbytes=True)
+    except (zstd.ZstdError, OSError) as error:
+        raise fmt.FormatError(f"not valid zstd: {error}") from error
+    return data
 
 
 def _columns(columns: dict[str, array[int]]) -> dict[str, Column]:

@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 # A merge takes sets of one level; FAN of them make one of the next, up to TARGET bytes.
 FAN: Final = 8
 TARGET_BYTES: Final = 256 << 20
-MEMORY: Final = "2GB"
 
 
 def compact(store: Store, *, everything: bool = False) -> int:
@@ -72,7 +71,7 @@ def merge(sets: Sequence[FileSet], folder: Path) -> Result:
     """One set with the rows of several that count."""
     view = manifest.Manifest(folder, tuple(sets))
     with SetWriter(folder) as writer:
-        connection = tables.connect(memory=MEMORY)
+        connection = tables.connect(memory=tables.MEMORY)
         connection.execute(f"SET temp_directory = {tables.quoted(writer.spill())}")
         connection.execute("SET preserve_insertion_order = true")
         for table in tables.SCHEMA:

@@ -17,8 +17,6 @@ from sams_aggregator.show import Column, Report, hours
 from sams_ebpf import paths, wire
 from sams_ebpf.errors import SamsError, UsageError
 
-_SUMS: Final = [name for name in wire.COUNTERS if name not in wire.MAXIMA]
-
 
 def command(
     store: Store, site: Site, rules: Rules, arguments: argparse.Namespace, form: str
@@ -53,76 +51,130 @@ def runs(
     rules: Rules | None = None,
 ) -> list[dict[str, Any]]:
     """Every run of a job id, in order of start; by `rules` with the software it is."""
-    connection = tables.connect(threads=1)
-    _open(connection, view, site, job_id)
-    _one_cluster(connection, job_id, cluster)
-    where = f"WHERE job_id = {int(job_id)}"
-    if cluster is not None:
-        where += f" AND cluster = {tables.quoted(cluster)}"
-    found = _dicts(
-        connection.execute(f"SELECT * FROM run {where} ORDER BY start_ns NULLS FIRST, run")
-    )
-    return [_run(connection, run, rules) for run in found]
+    found = _Job(view, site, job_id, cluster)
+    executables = found.executables()
+    return [_run(found, run, executables[run["run"]], rules) for run in found.runs]
 
 
-def _one_cluster(connection: Any, job_id: int, cluster: str | None) -> None:  # noqa: ANN401
-    """Raise UsageError where several clusters have the job and none is chosen."""
-    query = "SELECT DISTINCT coalesce(cluster, '(none)') FROM run WHERE job_id = ? ORDER BY 1"
-    clusters = [row[0] for row in connection.execute(query, [job_id]).fetchall()]
-    if cluster is None and len(clusters) > 1:
-        raise UsageError(
-            f"job {job_id}: there is one in each of {', '.join(clusters)}: choose with --cluster"
-        )
+class _Job:
+    """Every run of one job id, with its epochs and accounts.
 
-
-def _open(connection: Any, view: Manifest, site: Site, job_id: int) -> None:  # noqa: ANN401
-    """Tables `run`, `member`, `account`, `path`, `total` of what is about one job id.
-
-    Taken from the accounts of all runs where these are up to date, else worked out for
-    this job alone.
+    From the accounts of all runs where these are up to date, else worked out for this job
+    alone. Few statements and no tables: each statement takes longer than what it reads.
     """
-    made = accounts.ready(view, site)
-    if made is None:
-        accounts.build(connection, view.of_jobs([job_id]), site, job_id=job_id)
-        return
-    do = connection.execute
-    do(f"CREATE TEMP TABLE run AS FROM {made.source('run')} WHERE job_id = {int(job_id)}")
-    numbers = ", ".join(str(row[0]) for row in do("SELECT run FROM run").fetchall()) or "NULL"
-    for name in ("member", "account"):
-        do(f"CREATE TEMP TABLE {name} AS FROM {made.source(name)} WHERE run IN ({numbers})")
-    do(f"CREATE TEMP VIEW path AS FROM {made.source('path')}")
-    members = do("SELECT DISTINCT epoch, job_id FROM member").fetchall()
-    listed = ", ".join({f"unhex('{epoch.hex()}')" for epoch, _ in members}) or "NULL"
-    ids = sorted({int(one) for _, one in members if one is not None})
-    jobs = ", ".join(map(str, ids)) or "NULL"
-    # The job id beside an epoch is there to find its sets and row groups by.
-    source = (
-        f"(SELECT * FROM {view.of_jobs(ids).source('totals')}"
-        f" WHERE (job_id IN ({jobs}) OR job_id IS NULL) AND epoch IN ({listed}))"
-    )
-    do(f"CREATE TEMP TABLE total AS SELECT * FROM {tables.latest('totals', source)}")
 
-
-def _run(connection: Any, run: dict[str, Any], rules: Rules | None) -> dict[str, Any]:  # noqa: ANN401
-    number = run["run"]
-    epochs = _dicts(
-        connection.execute(
-            "SELECT * FROM member WHERE run = ? ORDER BY node, begin_ns, epoch", [number]
+    def __init__(self, view: Manifest, site: Site, job_id: int, cluster: str | None) -> None:
+        self._view = view
+        self._connection = tables.connect(threads=1)
+        self._made = accounts.ready(view, site)
+        if self._made is None:
+            accounts.build(self._connection, view.of_jobs([job_id]), site, job_id=job_id)
+        every = self.rows(
+            f"SELECT * FROM {self._source('run')} WHERE job_id = {int(job_id)}"
+            " ORDER BY start_ns NULLS FIRST, run"
         )
-    )
-    executables = _executables(connection, number)
+        clusters = sorted({run["cluster"] or "(none)" for run in every})
+        if cluster is None and len(clusters) > 1:
+            raise UsageError(
+                f"job {job_id}: there is one in each of {', '.join(clusters)}:"
+                " choose with --cluster"
+            )
+        self.runs = [run for run in every if cluster in (None, run["cluster"])]
+        self.members: list[dict[str, Any]] = []
+        self.accounts: list[dict[str, Any]] = []
+        self._paths: dict[int, bytes] = {}
+        if self.runs:
+            self._read()
+
+    def _read(self) -> None:
+        numbers = f"run IN ({', '.join(str(int(run['run'])) for run in self.runs)})"
+        self.members = self.rows(
+            f"SELECT * FROM {self._source('member')} WHERE {numbers}"
+            " ORDER BY run, node, begin_ns, epoch"
+        )
+        self.accounts = self.rows(
+            f"SELECT run, class, path_id, flags, cpu_ns::HUGEINT AS cpu_ns, core_us"
+            f" FROM {self._source('account')} WHERE {numbers}"
+        )
+        ids = {one["path_id"] for one in self.accounts} - {None}
+        if ids:
+            found = self._connection.execute(
+                f"SELECT path_id, path FROM {self._source('path')}"
+                f" WHERE path_id IN ({', '.join(map(str, ids))})"
+            )
+            self._paths = dict(found.fetchall())
+
+    def rows(self, query: str) -> list[dict[str, Any]]:
+        """Rows of a query by the names of its columns."""
+        cursor = self._connection.execute(query)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def _source(self, table: str) -> str:
+        return f'"{table}"' if self._made is None else self._made.source(table)
+
+    def facts(self, table: str) -> str:
+        """SQL for the rows of `totals` or `points` about the epochs of its runs, all of them."""
+        epochs = ", ".join({f"unhex('{one['epoch'].hex()}')" for one in self.members}) or "NULL"
+        # The job id beside an epoch is there to find its sets and row groups by.
+        ids = sorted({one["job_id"] for one in self.members} - {None})
+        view = self._view.of_jobs(ids)
+        where = f"job_id IN ({', '.join(map(str, ids)) or 'NULL'})"
+        if any(one.low_job is None for one in view.sets):
+            where = f"({where} OR job_id IS NULL)"
+        return f"(SELECT * FROM {view.source(table)} WHERE {where} AND epoch IN ({epochs}))"
+
+    def executables(self) -> dict[int, list[dict[str, Any]]]:
+        """By run: the last counters of each executable, the most CPU first."""
+        said: dict[int, list[dict[str, Any]]] = {run["run"]: [] for run in self.runs}
+        if not self.members:
+            return said
+        core: dict[tuple[int, bytes, int], int] = {}
+        for one in self.accounts:
+            if one["path_id"] is not None:
+                key = (one["run"], self._paths[one["path_id"]], one["flags"])
+                core[key] = core.get(key, 0) + one["core_us"]
+        sums = ", ".join(
+            f"{'max' if name in wire.MAXIMA else 'sum'}({name}) AS {name}" for name in wire.COUNTERS
+        )
+        of_run = ", ".join(f"(unhex('{m['epoch'].hex()}'), {m['run']})" for m in self.members)
+        found = self.rows(
+            f"""
+            SELECT run, path, flags, max(script) AS script, {sums}
+            FROM (
+                SELECT * FROM {self.facts("totals")}
+                QUALIFY row_number() OVER (PARTITION BY epoch, path, flags
+                    ORDER BY generation DESC, sequence DESC, tie DESC) = 1
+            ) JOIN (VALUES {of_run}) member (epoch, run) USING (epoch)
+            GROUP BY run, path, flags ORDER BY cpu_ns DESC, path, flags
+            """
+        )
+        for one in found:
+            run = one.pop("run")
+            one["core_us"] = core.get((run, one["path"], one["flags"]))
+            one["script"] = None if one["script"] is None else paths.show(one["script"])
+            one["flags"] = [name for bit, name in wire.FLAG_NAMES.items() if one["flags"] & bit]
+            for name in (*wire.COUNTERS, "core_us"):
+                one[name] = None if one[name] is None else int(one[name])
+            said[run].append(one)
+        return said
+
+
+def _run(
+    found: _Job, run: dict[str, Any], executables: list[dict[str, Any]], rules: Rules | None
+) -> dict[str, Any]:
+    number = run["run"]
+    epochs = [one for one in found.members if one["run"] == number]
     if rules is not None:
         _name(executables, rules, run)
     for one in executables:
         one["path"] = paths.show(one["path"])
-    classes = {
-        name: {"cpu_ns": int(cpu), "core_us": int(core)}
-        for name, cpu, core in connection.execute(
-            "SELECT class, sum(cpu_ns), sum(core_us) FROM account WHERE run = ? GROUP BY class"
-            " ORDER BY class",
-            [number],
-        ).fetchall()
-    }
+    classes: dict[str, dict[str, int]] = {}
+    for one in found.accounts:
+        if one["run"] == number:
+            amounts = classes.setdefault(one["class"], {"cpu_ns": 0, "core_us": 0})
+            for name in amounts:
+                amounts[name] += int(one[name])
     start, end = run["start_ns"] or run["first_ns"], run["end_ns"] or run["last_ns"]
     nodes = list(dict.fromkeys(one["node"] for one in epochs))
     return {
@@ -148,7 +200,7 @@ def _run(connection: Any, run: dict[str, Any], rules: Rules | None) -> dict[str,
         "nodes": run["nodes"],
         "nodes_seen": run["nodes_seen"],
         "sacct_cpu_time_s": None if run["cpu_time_s"] is None else int(run["cpu_time_s"]),
-        "accounts": classes,
+        "accounts": dict(sorted(classes.items())),
         "epochs": [_epoch(one) for one in epochs],
     }
 
@@ -156,36 +208,6 @@ def _run(connection: Any, run: dict[str, Any], rules: Rules | None) -> dict[str,
 def partial(run: dict[str, Any]) -> bool:
     """Whether something of a run is known to be missing, or not there yet."""
     return bool(run["not_final"] or run["lossy"] or run["nodes_seen"] < run["nodes"])
-
-
-def _executables(connection: Any, run: int) -> list[dict[str, Any]]:  # noqa: ANN401
-    sums = ", ".join(
-        f"{'max' if name in wire.MAXIMA else 'sum'}({name}) AS {name}" for name in wire.COUNTERS
-    )
-    found = _dicts(
-        connection.execute(
-            f"""
-            WITH last AS (
-                SELECT t.* FROM total t JOIN member m USING (epoch) WHERE m.run = ?
-                QUALIFY row_number() OVER (PARTITION BY t.epoch, t.path, t.flags
-                    ORDER BY t.generation DESC, t.sequence DESC, t.tie DESC) = 1
-            ), core AS (
-                SELECT p.path, a.flags, sum(a.core_us) AS core_us
-                FROM account a JOIN path p USING (path_id) WHERE a.run = ? GROUP BY ALL
-            )
-            SELECT path, flags, max(script) AS script, {sums}, any_value(core_us) AS core_us
-            FROM last LEFT JOIN core USING (path, flags) GROUP BY path, flags
-            ORDER BY cpu_ns DESC, path, flags
-            """,
-            [run, run],
-        )
-    )
-    for one in found:
-        one["script"] = None if one["script"] is None else paths.show(one["script"])
-        one["flags"] = [name for bit, name in wire.FLAG_NAMES.items() if one["flags"] & bit]
-        for name in (*wire.COUNTERS, "core_us"):
-            one[name] = None if one[name] is None else int(one[name])
-    return found
 
 
 def _name(executables: list[dict[str, Any]], rules: Rules, run: dict[str, Any]) -> None:
@@ -334,36 +356,22 @@ def time_text(ns: int | None) -> str | None:
     return dt.datetime.fromtimestamp(ns // 10**9, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _dicts(cursor: Any) -> list[dict[str, Any]]:  # noqa: ANN401
-    names = [column[0] for column in cursor.description]
-    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
-
-
 def timeline(view: Manifest, site: Site, job_id: int, cluster: str | None) -> Report:
     """CPU of each executable and node in each interval, as differences of the kept points."""
-    connection = tables.connect(threads=1)
-    _open(connection, view, site, job_id)
-    _one_cluster(connection, job_id, cluster)
-    where = f"r.job_id = {int(job_id)}"
-    if cluster is not None:
-        where += f" AND r.cluster = {tables.quoted(cluster)}"
-    ids = connection.execute("SELECT DISTINCT job_id FROM member").fetchall()
-    found = view.of_jobs([one[0] for one in ids if one[0] is not None])
-    points = f"(SELECT * FROM {found.source('points')} WHERE epoch IN (SELECT epoch FROM member))"
-    rows = _dicts(
-        connection.execute(
-            f"""
-            SELECT m.run, m.node, p.end_ns, p.path, p.flags, p.cpu_ns AS total_cpu_ns,
-                p.cpu_ns - coalesce(lag(p.cpu_ns) OVER (PARTITION BY p.epoch, p.path, p.flags
-                    ORDER BY p.generation, p.sequence, p.tie), 0) AS cpu_ns
-            FROM {tables.latest("points", points)} p JOIN member m USING (epoch)
-            JOIN run r USING (run) WHERE {where}
-            ORDER BY m.run, m.node, p.end_ns, p.path, p.flags
-            """
-        )
+    found = _Job(view, site, job_id, cluster)
+    of = {one["epoch"]: (one["run"], one["node"]) for one in found.members}
+    rows = found.rows(
+        f"""
+        SELECT epoch, end_ns, path, flags, cpu_ns AS total_cpu_ns,
+            cpu_ns - coalesce(lag(cpu_ns) OVER (PARTITION BY epoch, path, flags
+                ORDER BY generation, sequence, tie), 0) AS cpu_ns
+        FROM {tables.latest("points", found.facts("points"))} ORDER BY end_ns, path, flags, epoch
+        """
     )
     for row in rows:
+        row["run"], row["node"] = of[row.pop("epoch")]
         row["time"] = time_text(row.pop("end_ns"))
         row["flags"] = [name for bit, name in wire.FLAG_NAMES.items() if row["flags"] & bit]
+    rows.sort(key=lambda row: (row["run"], row["node"] is None, row["node"]))
     names = ("run", "node", "time", "path", "flags", "cpu_ns", "total_cpu_ns")
     return Report([Column(name, name, right=name.endswith("ns")) for name in names], rows)

@@ -8,10 +8,13 @@ of the rest the first record of each executable counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from sams_aggregator.tables import Column
+
+_WIDE: Final = 1 << 31
 
 
 def starts(*keys: Column) -> Column:
@@ -26,7 +29,7 @@ def needed(epoch: Column, interval: Column, whole: Column) -> Column:
     """Places of the batches that have to be read, by epoch, interval, the latest first."""
     if not len(epoch):
         return np.zeros(0, dtype=np.int64)
-    order = np.lexsort((np.arange(len(epoch)), interval, epoch))
+    order = ordered([epoch, interval])
     first = np.flatnonzero(starts(epoch[order], interval[order]))
     closed = np.cumsum(whole[order]) - whole[order]  # whole ones in front of it, of all
     since = np.repeat(closed[first], np.diff(np.append(first, len(order))))
@@ -34,24 +37,38 @@ def needed(epoch: Column, interval: Column, whole: Column) -> Column:
     return chosen
 
 
+def numbered(keys: Sequence[Column]) -> Column:
+    """One integer for each row, in the order of its keys. Keys are integers from 0 on."""
+    number = np.zeros(len(keys[0]), dtype=np.int64)
+    room = 1
+    for one in keys:
+        key, width = one, int(one.max(initial=0)) + 1
+        if width > _WIDE:
+            key = np.unique(one, return_inverse=True)[1]
+            width = int(key.max(initial=0)) + 1
+        room *= width
+        if room >= 2**63:  # More than fits side by side: number what there is so far.
+            number = np.unique(number, return_inverse=True)[1]
+            room = (int(number.max(initial=0)) + 1) * width
+        number = number * width + key
+    return number
+
+
+def ordered(keys: Sequence[Column]) -> Column:
+    """Order of the rows by their keys, the first key first; equal ones stay as they are."""
+    return np.argsort(numbered(keys), kind="stable")
+
+
 def first_of_each(keys: Sequence[Column]) -> Column | None:
     """Mask of the rows that are the first with their keys; None for all of them.
 
-    Keys are small integers from 0 on.
+    Keys are integers from 0 on.
     """
-    key = np.zeros(len(keys[0]), dtype=np.int64)
-    room = 1
-    for one in keys:
-        width = int(one.max(initial=0)) + 1
-        room *= width
-        if room >= 2**63:  # More than fits side by side: number what there is so far.
-            key = np.unique(key, return_inverse=True)[1]
-            room = (int(key.max(initial=0)) + 1) * width
-        key = key * width + one
-    ordered = np.sort(key)
-    if not (ordered[1:] == ordered[:-1]).any():
+    number = numbered(keys)
+    in_order = np.sort(number)
+    if not (in_order[1:] == in_order[:-1]).any():
         return None
-    order = np.argsort(key, kind="stable")
-    mask = np.zeros(len(key), dtype=bool)
-    mask[order[starts(key[order])]] = True
+    order = np.argsort(number, kind="stable")
+    mask = np.zeros(len(number), dtype=bool)
+    mask[order[starts(number[order])]] = True
     return mask

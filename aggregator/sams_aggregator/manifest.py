@@ -147,20 +147,8 @@ def record(store: Store, unit: str, source: str, extent: int, result: Result) ->
             return False
         if result.name is not None and not (facts_folder(data) / result.name).is_dir():
             raise SamsError(f"{facts_folder(data) / result.name}: has gone before it was recorded")
-        file_id = connection.execute(
-            st.files.insert()
-            .values(
-                name=result.name or f"empty-{unit}-{extent}",
-                tables=" ".join(result.tables),
-                compacted=0,
-                bytes=result.size,
-                begin_ns=result.begin_ns,
-                end_ns=result.end_ns,
-                low_job=result.low_job,
-                high_job=result.high_job,
-            )
-            .returning(st.files.c.id)
-        ).scalar_one()
+        name = result.name or f"empty-{unit}-{extent}"
+        file_id = _insert_set(connection, result._replace(name=name), level=0)
         row = {
             "unit": unit,
             "source": source,
@@ -194,25 +182,27 @@ def replace(state: st.State, old: Iterable[FileSet], new: Result, *, level: int)
         there = set(connection.scalars(sa.select(st.files.c.id).where(st.files.c.id.in_(ids))))
         if there != set(ids):
             return False
-        file_id = connection.execute(
-            st.files.insert()
-            .values(
-                name=new.name,
-                tables=" ".join(new.tables),
-                compacted=level,
-                bytes=new.size,
-                begin_ns=new.begin_ns,
-                end_ns=new.end_ns,
-                low_job=new.low_job,
-                high_job=new.high_job,
-            )
-            .returning(st.files.c.id)
-        ).scalar_one()
+        file_id = _insert_set(connection, new, level=level)
         connection.execute(
             st.units.update().where(st.units.c.file_id.in_(ids)).values(file_id=file_id)
         )
         connection.execute(st.files.delete().where(st.files.c.id.in_(ids)))
     return True
+
+
+def _insert_set(connection: sa.Connection, new: Result, *, level: int) -> int:
+    row = st.files.insert().values(
+        name=new.name,
+        tables=" ".join(new.tables),
+        compacted=level,
+        bytes=new.size,
+        begin_ns=new.begin_ns,
+        end_ns=new.end_ns,
+        low_job=new.low_job,
+        high_job=new.high_job,
+    )
+    file_id: int = connection.execute(row.returning(st.files.c.id)).scalar_one()
+    return file_id
 
 
 def _drop_unused(connection: sa.Connection, ids: list[int]) -> None:

@@ -12,10 +12,11 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from sams_aggregator import accounts, job, manifest, months, show, software, tables
+from sams_aggregator import accounts, job, manifest, months, show, software, sums, tables
 from sams_aggregator import config as cfg
 from sams_aggregator import state as st
 from sams_aggregator.accounts import Accounts
+from sams_aggregator.garbage import uncollected
 from sams_aggregator.manifest import Store
 from sams_aggregator.rules import Software
 from sams_aggregator.show import Column, Report
@@ -40,7 +41,7 @@ _OF_RUN: Final = {
 }  # fmt: skip
 _OF_ACCOUNT: Final = {"month": "month", "path": "path_id", "flags": "flags"}
 _KEYS: Final = (*_OF_SOFTWARE, *_OF_RUN, *_OF_ACCOUNT)
-_BASE: Final = 1 << 32
+_PART_ROWS: Final = 1_000_000
 _EXPRESSIONS: Final = {
     **{
         name: f"CASE WHEN a.class = 'path' THEN filled(s.{name}, r.\"user\", r.project) END"
@@ -125,6 +126,8 @@ def keys_of(arguments: argparse.Namespace) -> tuple[str, ...]:
     unknown = [name for name in keys if name not in _KEYS]
     if unknown or not keys:
         raise UsageError(f"--by {by}: no key '{', '.join(unknown)}'; there are {', '.join(_KEYS)}")
+    if len(set(keys)) < len(keys):
+        raise UsageError(f"--by {by}: names a key twice")
     return keys
 
 
@@ -334,7 +337,7 @@ _UPSTREAM: Final = """
         CASE WHEN total = 0 THEN 0 ELSE part + CASE WHEN row_number() OVER (PARTITION BY run
             ORDER BY whole * w % greatest(total, 1) DESC, month, path_id, flags)
             <= whole - sum(part) OVER (PARTITION BY run) THEN 1 ELSE 0 END END::BIGINT AS core_us
-    FROM floors
+    FROM floors ORDER BY run
 """
 
 
@@ -364,96 +367,135 @@ def _rows_by_numbers(connection: Any, keys: Sequence[str], chosen: Filter) -> li
 
     `who` stands for the keys of a run, `what` for the kind and the keys of software.
     """
-    of_run = [name for name in keys if name in _OF_RUN]
-    of_software = [name for name in keys if name in _OF_SOFTWARE]
-    own = [name for name in keys if name in _OF_ACCOUNT]
-    run_keys = ", ".join(_OF_RUN[name] for name in of_run) or "1"
-    connection.execute(f"""
-        CREATE OR REPLACE TEMP TABLE who_of AS
-        SELECT run, running, {PARTIAL} AS partial,
-            dense_rank() OVER (ORDER BY {run_keys}) - 1 AS who
-        FROM run r {_where(Filter(chosen.cluster))}
-    """)
-    connection.execute(f"""
-        CREATE OR REPLACE TEMP TABLE what_of AS
-        SELECT *, dense_rank() OVER (ORDER BY {", ".join(["kind", *of_software])}) - 1 AS what
-        FROM soft
-    """)
-    names: dict[str, list[Any]] = {name: [] for name in ("kind", *keys)}
-    for table, number, columns in (
-        (
-            "run JOIN (SELECT run, who FROM who_of) USING (run)",
-            "who",
-            {n: _OF_RUN[n] for n in of_run},
-        ),
-        ("what_of", "what", {name: name for name in ("kind", *of_software)}),
-        ("path", "path_id", {"path": "path"} if "path" in keys else {}),
-    ):
-        picked = ", ".join(f"any_value({column})" for column in columns.values())
-        if picked:
-            query = f"SELECT {picked} FROM {table} GROUP BY {number} ORDER BY {number}"
-            every = zip(*connection.execute(query).fetchall(), strict=True)
-            names |= dict(zip(columns, map(list, every), strict=False))
-    kinds = names["kind"]
-    # Paths without software, and what is no path at all, have numbers of their own behind.
-    classes = {kind: len(kinds) + at for at, kind in enumerate(KINDS)}
-    if "undetermined" in kinds:
-        classes["undetermined"] = kinds.index("undetermined")
-    cases = " ".join(f"WHEN '{kind}' THEN {number}" for kind, number in classes.items())
-    for name in of_software:
-        names[name] += [None] * len(KINDS)
-    kinds += KINDS
-    chosen_keys = "".join(f"coalesce(a.{_OF_ACCOUNT[name]}, -1) AS {name}, " for name in own)
-    again = "".join(f"{name}, " for name in own)
-    # First by run, then by the keys: to count distinct runs in one go takes ten times as long.
-    # Sums need not fit into 64 bits.
-    found = connection.execute(f"""
-        WITH by_run AS (
-            SELECT {chosen_keys} a.run, CASE a.class WHEN 'path'
-                    THEN coalesce(s.what, {classes["undetermined"]}) {cases} END AS what,
-                sum(a.cpu_ns) AS cpu, sum(a.core_us) AS core
-            FROM account a LEFT JOIN what_of s ON s.path_id = a.path_id
-            {_where(chosen._replace(cluster=None))}
-            GROUP BY ALL
-        ), summed AS (
-            SELECT {again} who, what, count(*) AS runs, sum(cpu)::HUGEINT AS cpu,
-                sum(core)::HUGEINT AS core, count(*) FILTER (running) AS running,
-                count(*) FILTER (partial) AS partial
-            FROM by_run JOIN who_of USING (run) GROUP BY ALL
-        )
-        SELECT * EXCLUDE (cpu, core), (cpu // {_BASE})::BIGINT AS cpu_high,
-            (cpu % {_BASE})::BIGINT AS cpu_low, (core // {_BASE})::BIGINT AS core_high,
-            (core % {_BASE})::BIGINT AS core_low
-        FROM summed
-    """).fetchnumpy()
-
-    def named(name: str, numbers: Any) -> list[Any]:  # noqa: ANN401
-        # One more, for what is none: -1.
-        values: list[Any] = np.array([*names[name], None], dtype=object)[numbers].tolist()
-        return values
-
-    def sums(name: str) -> list[int]:
-        high, low = found[f"{name}_high"].tolist(), found[f"{name}_low"].tolist()
-        return [one * _BASE + other if one else other for one, other in zip(high, low, strict=True)]
+    who, names, marks = _of_runs(connection, [n for n in keys if n in _OF_RUN], chosen)
+    what, of_what = _of_paths(connection, [n for n in keys if n in _OF_SOFTWARE])
+    names |= of_what
+    own = {name: sums.Numbering() for name in keys if name in _OF_ACCOUNT}
+    found = sums.by_keys(_account_parts(connection, chosen, who, what, own), marks)
+    if found is None:
+        return []
+    place = dict.fromkeys(_OF_RUN, 0) | dict.fromkeys(("kind", *_OF_SOFTWARE), 1)
+    for at, (name, numbering) in enumerate(own.items(), 2):
+        place[name] = at
+        names[name] = [None if value < 0 else value for value in numbering.values]
+    if "path" in own:
+        every = [None, *(row[0] for row in connection.execute(_PATHS).fetchall())]
+        names["path"] = [every[number or 0] for number in names["path"]]
 
     def column(name: str) -> list[Any]:
-        if name in _OF_RUN:
-            return named(name, found["who"])
-        if name in _OF_SOFTWARE:
-            return named(name, found["what"])
-        if name == "path":
-            return named(name, np.where(found[name] < 0, -1, found[name] - 1))
-        return [None if value < 0 else value for value in found[name].tolist()]
+        values = np.empty(len(names[name]), dtype=object)
+        values[:] = names[name]
+        told: list[Any] = values[found.keys[place[name]]].tolist()
+        return told
 
     values: Iterable[tuple[Any, ...]] = zip(*map(column, keys), strict=True)
     if not keys:
-        values = [()] * len(found["who"])
+        values = [()] * len(found.runs)
+    running, partial = (one.tolist() for one in found.marked)
     every_column = (
-        values, named("kind", found["what"]), found["runs"].tolist(), sums("cpu"), sums("core"),
-        found["running"].tolist(), found["partial"].tolist(),
+        values, column("kind"), found.runs.tolist(), found.amount(0, 4), found.amount(4, 2),
+        running, partial,
     )  # fmt: skip
     # There may be as many as there are runs: no call of Python for each.
-    return list(map(functools.partial(tuple.__new__, Row), zip(*every_column, strict=True)))
+    with uncollected():
+        return list(map(functools.partial(tuple.__new__, Row), zip(*every_column, strict=True)))
+
+
+_PATHS: Final = "SELECT path FROM path ORDER BY path_id"
+
+
+def _of_runs(
+    connection: Any,  # noqa: ANN401
+    of_run: Sequence[str],
+    chosen: Filter,
+) -> tuple[tables.Column, dict[str, list[Any]], list[tables.Column]]:
+    """By run: its `who`, -1 for what is not chosen; names by `who`; which run, and are partial."""
+    columns = {name: _OF_RUN[name] for name in of_run}
+    connection.execute(f"""
+        CREATE OR REPLACE TEMP TABLE who_of AS
+        SELECT run, coalesce(running, false) AS running, coalesce({PARTIAL}, false) AS partial,
+            dense_rank() OVER (ORDER BY {", ".join(columns.values()) or "1"}) - 1 AS who
+        FROM run r {_where(Filter(chosen.cluster))}
+    """)
+    found = connection.execute("SELECT * FROM who_of").fetchnumpy()
+    size = connection.execute("SELECT coalesce(max(run), 0) + 1 FROM run").fetchone()[0]
+    who = np.full(size, -1, dtype=np.int64)
+    who[found["run"]] = found["who"]
+    marks = []
+    for name in ("running", "partial"):
+        mark = np.zeros(size, dtype=bool)
+        mark[found["run"]] = found[name]
+        marks.append(mark)
+    joined = "run JOIN (SELECT run, who FROM who_of) USING (run)"
+    return who, _names(connection, joined, "who", columns), marks
+
+
+def _of_paths(
+    connection: Any,  # noqa: ANN401
+    of_software: Sequence[str],
+) -> tuple[tables.Column, dict[str, list[Any]]]:
+    """By path: its `what`; names by `what`, behind which those of KINDS come, without software."""
+    columns = {name: name for name in ("kind", *of_software)}
+    connection.execute(f"""
+        CREATE OR REPLACE TEMP TABLE what_of AS
+        SELECT *, dense_rank() OVER (ORDER BY {", ".join(columns)}) - 1 AS what FROM soft
+    """)
+    found = connection.execute("SELECT path_id, what FROM what_of").fetchnumpy()
+    what = np.zeros(int(found["path_id"].max(initial=0)) + 1, dtype=np.int64)
+    what[found["path_id"]] = found["what"]
+    names = _names(connection, "what_of", "what", columns)
+    for name in columns:
+        names[name] += KINDS if name == "kind" else [None] * len(KINDS)
+    return what, names
+
+
+def _names(
+    connection: Any,  # noqa: ANN401
+    table: str,
+    number: str,
+    columns: dict[str, str],
+) -> dict[str, list[Any]]:
+    """What the numbers stand for, by key."""
+    if not columns:
+        return {}
+    picked = ", ".join(f"any_value({column})" for column in columns.values())
+    query = f"SELECT {picked} FROM {table} GROUP BY {number} ORDER BY {number}"
+    rows = connection.execute(query).fetchall()
+    return {name: [row[at] for row in rows] for at, name in enumerate(columns)}
+
+
+def _account_parts(
+    connection: Any,  # noqa: ANN401
+    chosen: Filter,
+    who: tables.Column,
+    what: tables.Column,
+    own: dict[str, sums.Numbering],
+) -> Iterator[sums.Rows]:
+    """The accounts with their numbers, some at a time."""
+    classes = " ".join(f"WHEN '{kind}' THEN {at}" for at, kind in enumerate(KINDS))
+    kinds = len(KINDS)
+    behind = int(what.max(initial=-1)) + 1
+    chosen_keys = "".join(f", coalesce(a.{_OF_ACCOUNT[name]}, -1) AS {name}" for name in own)
+    # One table and conditions: DuckDB keeps the rows in their order, which is that of runs.
+    reader = connection.execute(f"""
+        SELECT a.run, CASE a.class WHEN 'path' THEN {kinds} {classes} END AS kind,
+            coalesce(a.path_id, 0) AS of_path, a.cpu_ns::DECIMAL(38, 0) AS cpu_ns, a.core_us
+            {chosen_keys}
+        FROM account a {_where(chosen._replace(cluster=None))}
+    """).to_arrow_reader(_PART_ROWS)
+    for batch in reader:
+        run, kind, path = (batch.column(name).to_numpy() for name in ("run", "kind", "of_path"))
+        rows = sums.Rows(
+            run,
+            [
+                who[run],
+                np.where(kind == kinds, what[path], behind + kind),
+                *(numbering(batch.column(name).to_numpy()) for name, numbering in own.items()),
+            ],
+            [*sums.pieces(batch.column("cpu_ns")), *sums.pieces(batch.column("core_us"))],
+        )
+        here = rows.keys[0] >= 0
+        yield rows if here.all() else rows.only(here)
 
 
 def _rows_by_names(connection: Any, keys: Sequence[str], chosen: Filter) -> list[Row]:  # noqa: ANN401

@@ -117,6 +117,9 @@ def dask_run(
         import distributed  # noqa: PLC0415 - an extra of its own
     except ImportError as error:
         raise UsageError("Dask is not installed: pip install 'sams-ebpf[dask]'") from error
+    if file is not None and not file.exists():
+        # Dask would wait for it for ever.
+        raise UsageError(f"--dask-file {file}: no such file; `dask scheduler` writes it")
     dask: Any = distributed  # it is not typed
     try:
         client = dask.Client(

@@ -182,7 +182,10 @@ class _Chosen:
 
     def rows(self) -> list[tuple[bytes, Software | None]]:
         version = current(self.state)
-        return [row for row in mapping(self.state, version) if self._wants(*row)]
+        found = [row for row in mapping(self.state, version) if self._wants(*row)]
+        if not found:
+            print("note: none of the paths that are mapped is like this", file=sys.stderr)
+        return found
 
     def close(self) -> None:
         self.state.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from sams_aggregator import sams_facts
-from sams_aggregator.batches import Picked
+from sams_aggregator.batches import Picked, decompressed
 from sams_aggregator.sams_json import Folders, Found
 from sams_aggregator.work import KIND_COUNTERS, KIND_SAMS_JSON, Payload
 from sams_ebpf.errors import SamsError, UsageError
@@ -65,7 +65,7 @@ class Reading:
     def picked(self) -> Picked | None:
         """The segment with its directory, if it has one: few of its frames need be read."""
         segment, name = self._segment()
-        directory = segment.contents()
+        directory = segment.contents(decompressed)
         return None if directory is None else Picked(name, segment, directory)
 
     def _segment(self) -> tuple[Segment, str]:

@@ -8,6 +8,7 @@ the schema is a migration, recorded in the transaction that applies it.
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -277,5 +278,8 @@ def _server(part: cfg.Aggregator) -> tuple[sa.Engine, str]:
 
 
 def _reason(error: sa.exc.SQLAlchemyError) -> str:
-    text = str(getattr(error, "orig", None) or error)
-    return " ".join(text.split())[:300]
+    said = getattr(error, "orig", None) or error
+    text = " ".join(str(said).split())[:300]
+    if getattr(said, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        text += ": move it away and `reprocess`, all in it comes from the archives"
+    return text

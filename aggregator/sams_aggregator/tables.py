@@ -100,6 +100,8 @@ SORTED_BY: Final[dict[str, str]] = {
 }
 
 ROW_GROUP: Final = 40_960
+# What DuckDB may take where it goes through everything; beyond, it uses the disk.
+MEMORY: Final = "2GB"
 _LINES: Final = 10_000
 _MAX_LINE: Final = 64 << 20
 
@@ -219,11 +221,18 @@ class SetWriter:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def copy(connection: Any, query: str, path: Path, *, level: int = 1) -> None:  # noqa: ANN401
+def copy(
+    connection: Any,  # noqa: ANN401
+    query: str,
+    path: Path,
+    *,
+    level: int = 1,
+    row_group: int = ROW_GROUP,
+) -> None:
     """Write the rows of a query to a Parquet file."""
     connection.execute(
         f"COPY ({query}) TO {quoted(path)}"
-        f" (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL {level}, ROW_GROUP_SIZE {ROW_GROUP}"
+        f" (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL {level}, ROW_GROUP_SIZE {row_group}"
         # DuckDB 1.5 writes filters for BLOB columns that deny values which are there.
         ", WRITE_BLOOM_FILTER false)"
     )
@@ -232,7 +241,8 @@ def copy(connection: Any, query: str, path: Path, *, level: int = 1) -> None:  #
 _ARROW: Final = {"BIGINT": pa.int64(), "BLOB": pa.binary(), "VARCHAR": pa.string()}
 
 
-_LOOKED_UP: Final = ("job_id", "epoch", "month", "slot", "cluster", "end_ns")
+# Of epochs, which are random, least and greatest tell nothing.
+_LOOKED_UP: Final = ("job_id", "month", "slot", "cluster", "end_ns")
 
 
 def write(columns: Mapping[str, Any], path: Path) -> None:
@@ -251,16 +261,35 @@ def write(columns: Mapping[str, Any], path: Path) -> None:
     )
 
 
-def write_rows(table: str, rows: Sequence[Sequence[Any]], path: Path) -> None:
-    """Write rows of plain Python, in the order of the schema's columns, to a Parquet file."""
-    columns = zip(*rows, strict=True)
-    write(
-        {
-            name: pa.array(column, _ARROW[kind])
-            for (name, kind), column in zip(SCHEMA[table].items(), columns, strict=True)
-        },
-        path,
-    )
+def columns(schema: Mapping[str, str], rows: Sequence[Sequence[Any]]) -> dict[str, pa.Array]:
+    """Columns of Arrow out of rows of plain Python, in the order of the schema's columns."""
+    every = zip(*rows, strict=True) if rows else [()] * len(schema)
+    return {
+        name: column(kind, values)
+        for (name, kind), values in zip(schema.items(), every, strict=True)
+    }
+
+
+def joined(
+    schema: Mapping[str, str], parts: Sequence[Mapping[str, pa.Array]]
+) -> dict[str, pa.ChunkedArray]:
+    """Parts of a table one after the other."""
+    return {
+        name: pa.chunked_array([part[name].cast(_ARROW[kind]) for part in parts])
+        for name, kind in schema.items()
+    }
+
+
+def column(kind: str, values: Sequence[Any]) -> pa.Array:
+    """A column of Arrow out of plain Python."""
+    # Many columns say the same in all rows, or nothing: quicker to see than to take over.
+    if len(values) > 1 and values.count(values[0]) == len(values):
+        if values[0] is None:
+            return pa.nulls(len(values), _ARROW[kind])
+        zeros = pa.array(np.zeros(len(values), dtype=np.int32))
+        one = pa.array(values[:1], _ARROW[kind])
+        return pa.DictionaryArray.from_arrays(zeros, one) if kind != "BIGINT" else one.take(zeros)
+    return pa.array(values, _ARROW[kind])
 
 
 def whole_numbers(values: Column) -> pa.Array:

@@ -8,11 +8,9 @@ supersedes are not decoded, with a directory not even looked at.
 
 from __future__ import annotations
 
-import gc
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -24,6 +22,7 @@ import pyarrow as pa
 
 from sams_aggregator import latest, records, sacct, sams_facts, tables
 from sams_aggregator.batches import Batches, DirectoryError, Picked
+from sams_aggregator.garbage import uncollected
 from sams_aggregator.months import of_zone
 from sams_aggregator.records import Records
 from sams_aggregator.tables import Column, SetWriter, integers
@@ -37,7 +36,20 @@ MAX_PROBLEMS: Final = 10_000
 SECOND: Final = 1_000_000_000
 BATCH: Final = "batch"
 SAMS_JSON: Final = "sams-json"
-_ORDER: Final = ("generation", "sequence", "digest")
+# Columns of the facts, and where they stand with the batches.
+_ORDER: Final = {"generation": "generation", "sequence": "sequence", "tie": "digest"}
+_OF_HEADER: Final = {
+    name: tables.SCHEMA["epochs"][name]
+    for name in (
+        "begin_ns", "mode", "loader", "software", "unclaimed", "final_reason", "final_live",
+        "cgroup_cpu_ns", "attributed_cpu_ns", "outside_cpu_ns", "age_ns", "unattributed_by",
+        "lost", "processes", "executables",
+    )
+}  # fmt: skip
+_DROPPED: Final = {
+    name: tables.SCHEMA["dropped"][name]
+    for name in ("first_sequence", "last_sequence", "batches", "bytes", "reason")
+}
 INTERVAL: Final = {"totals": "month", "points": "slot"}
 
 
@@ -92,6 +104,26 @@ KIND_SAMS_JSON: Final = 2
 KIND_SACCT: Final = 16
 
 
+class _Jobs:
+    """Rows of sacct, as columns: as objects they take ten times the memory."""
+
+    def __init__(self) -> None:
+        self.parts: list[dict[str, pa.Array]] = []
+        self.times: list[int] = []  # the least and the greatest of each part
+        self.ids: set[int] = set()  # the same of job ids
+
+    def add(self, jobs: list[sacct.Job]) -> None:
+        if not jobs:
+            return
+        self.parts.append(tables.columns(tables.SCHEMA["jobs"], jobs))
+        times, ids = [job.start_ns for job in jobs], [job.job_id for job in jobs]
+        self.times += [min(times), max(times)]
+        self.ids |= {min(ids), max(ids)}
+
+    def columns(self) -> dict[str, pa.ChunkedArray]:
+        return tables.joined(tables.SCHEMA["jobs"], self.parts)
+
+
 class Builder:
     """Collects payloads of one unit and writes their set.
 
@@ -103,7 +135,7 @@ class Builder:
         self._options = options
         self._check = check
         self._batches = Batches()
-        self._jobs: list[sacct.Job] = []
+        self._jobs = _Jobs()
         self.bad: list[tuple[str, str]] = []
         self.frames = 0
 
@@ -117,7 +149,7 @@ class Builder:
                 self._add_batch(self._from_json(payload.data), SAMS_JSON, payload)
             elif payload.kind == KIND_SACCT:
                 jobs, problems = sacct.parse(payload.data)
-                self._jobs += jobs
+                self._jobs.add(jobs)
                 for problem in problems[:MAX_PROBLEMS]:
                     self._set_aside(f"{payload.place}, row {problem.line}", problem.reason)
         except SamsError as error:
@@ -138,16 +170,16 @@ class Builder:
     def write(self, folder: Path) -> Result:
         """Write what was collected. Raises OSError (a full disk, …)."""
         rows = _Rows(self._batches, self._options, self._set_aside)
-        times = [job.start_ns for job in self._jobs] + rows.times
-        jobs = {job.job_id for job in self._jobs} | rows.claimed
-        if None in rows.job_ids:
+        times = self._jobs.times + rows.times
+        jobs = self._jobs.ids | rows.claimed
+        if rows.nameless:
             jobs = set()
         name, found, size = None, [], 0
-        if rows.epochs or rows.dropped or self._jobs:
+        if rows.tables or self._jobs.parts:
             with SetWriter(folder) as writer:
                 rows.write(writer)
-                if self._jobs:
-                    tables.write_rows("jobs", self._jobs, writer.path("jobs"))
+                if self._jobs.parts:
+                    tables.write(self._jobs.columns(), writer.path("jobs"))
                 size = writer.finish()
             name, found = writer.name, writer.tables
         return Result(
@@ -190,7 +222,7 @@ def _sender(cluster: str | None, node: str | None) -> bytes:
 
 def work(payloads: Iterable[Payload], options: Options, folder: Path) -> Result:
     """All payloads of one unit into one set in `folder`."""
-    with _no_collector():
+    with uncollected():
         builder = Builder(options)
         for payload in payloads:
             builder.add(payload)
@@ -199,7 +231,7 @@ def work(payloads: Iterable[Payload], options: Options, folder: Path) -> Result:
 
 def work_picked(picked: Picked, options: Options, folder: Path) -> Result | None:
     """The same for a segment with a directory; None if only its frames can tell."""
-    with _no_collector():
+    with uncollected():
         builder = Builder(options)
         try:
             builder.add_segment(picked)
@@ -222,16 +254,13 @@ class _Rows:
         self._months = of_zone(options.zone)
         self._every = options.points_every_s * SECOND
         self._set_aside = set_aside
-        self.epochs: list[tuple[Any, ...]] = []
-        self.claims: list[tuple[Any, ...]] = []
-        self.dropped: list[tuple[Any, ...]] = []
+        self.tables: dict[str, dict[str, Any]] = {}
         self.times: list[int] = []
         self.decoded = 0
         self.paths: tuple[bytes, ...] = ()
-        self._counters: dict[str, dict[str, Any]] = {}
         self._keys: list[bytes] = []
-        self.job_ids: list[int | None] = []
-        self.claimed: set[int] = set()
+        self.claimed: set[int] = set()  # job ids
+        self.nameless = False  # whether an epoch claims none
         columns = batches.columns()
         if len(columns["source"]):
             self._find(columns)
@@ -242,7 +271,7 @@ class _Rows:
         newest = np.flatnonzero(latest.starts(self._epoch))
         claimed = self._claimed(columns["claims"])
         wanted = np.concatenate([newest, claimed, *self._needed()])
-        self._batches.fetch(np.unique(self._order[wanted]))
+        self._batches.fetch(self._order[_places(len(self._order), wanted)])
         number = [
             keys.setdefault(_epoch_key(header), len(keys))
             for header in self._batches.headers(self._order[newest])
@@ -260,10 +289,11 @@ class _Rows:
     def _arrange(self, columns: dict[str, Column], epoch: Column) -> None:
         """Put the batches in order: by epoch, the latest first; the same one only once."""
         generation, sequence, tie = (columns[name] for name in ("generation", "sequence", "digest"))
-        order = np.lexsort((-sequence, -generation, epoch))
+        keys = [epoch, *(one.max() - one for one in (generation, sequence))]
+        order = latest.ordered(keys)
         same = ~latest.starts(epoch[order], generation[order], sequence[order])
         if same.any():
-            order = np.lexsort((-tie, -sequence, -generation, epoch))
+            order = latest.ordered([*keys, tie.max() - tie])
             order = order[
                 latest.starts(epoch[order], generation[order], sequence[order], tie[order])
             ]
@@ -277,7 +307,7 @@ class _Rows:
     def _claimed(self, claims: Column) -> Column:
         """Places of the last batch of an epoch with each of its claims, the latest first."""
         said = claims[self._order]
-        by_claims = np.lexsort((np.arange(len(said)), said, self._epoch))
+        by_claims = latest.ordered([self._epoch, said])
         firsts = by_claims[latest.starts(self._epoch[by_claims], said[by_claims])]
         return np.sort(firsts)
 
@@ -290,43 +320,52 @@ class _Rows:
             return totals, totals[:0]
         return totals, some[latest.needed(self._epoch[some], self._slot[some], whole)]
 
-    def _each(self, places: Column) -> Iterator[tuple[Any, ...]]:
-        """Epoch, generation, sequence, tie and header of batches."""
-        columns = [self._epoch, *(self._sorted[name] for name in _ORDER)]
-        headers = self._batches.headers(self._order[places])
-        return zip(*(column[places].tolist() for column in columns), headers, strict=True)
+    def _headers(self, places: Column) -> list[wire.Header]:
+        return self._batches.headers(self._order[places])
+
+    def _columns(self, table: str, places: Column, own: dict[str, pa.Array]) -> dict[str, Any]:
+        """Columns of a table, a row for each of these batches; `own` are those of this table."""
+        epoch = self._epoch[places]
+        columns = {
+            "epoch": pa.DictionaryArray.from_arrays(
+                epoch.astype(np.int32), pa.array(self._keys, pa.binary())
+            ),
+            "job_id": tables.whole_numbers(self._jobs[epoch]),
+            **{name: pa.array(self._sorted[of][places]) for name, of in _ORDER.items()},
+            **own,
+        }
+        return {name: columns[name] for name in tables.SCHEMA[table]}
 
     def _say_claims(self, places: Column) -> None:
-        self.job_ids = [None] * len(self._keys)
-        last = -1
-        said: list[wire.Claims] = []  # of this epoch
-        for of, generation, sequence, tie, header in self._each(places):
-            made = header.claims
-            if of != last:
-                last, said = of, []
-            elif made in said:
-                continue
-            said.append(made)
-            if made.job_id is not None:
-                self.claimed.add(made.job_id)
-                if self.job_ids[of] is None:
-                    self.job_ids[of] = made.job_id
-            self.claims.append((self._keys[of], generation, sequence, tie, *_plain_claims(made)))
+        """Table `claims`; with it come the job ids of the epochs."""
+        made = [header.claims for header in self._headers(places)]
+        epoch = self._epoch[places]
+        if not latest.starts(epoch).all():
+            kept = _different(epoch.tolist(), made)
+            places, epoch, made = places[kept], epoch[kept], [made[at] for at in kept]
+        job_ids = integers([claims.job_id for claims in made])
+        told = np.flatnonzero(job_ids != tables.NULL)
+        self.claimed = set(job_ids[told].tolist())
+        first = told[latest.starts(epoch[told])]  # what was said last of each epoch
+        self._jobs = np.full(len(self._keys), tables.NULL)
+        self._jobs[epoch[first]] = job_ids[first]
+        self.nameless = len(first) < len(self._keys)
+        own = tables.columns(tables.CLAIMS, [*map(_plain_claims, made)])
+        self.tables["claims"] = self._columns("claims", places, own)
 
     def _say_dropped(self, places: Column) -> None:
-        for of, *order, header in self._each(places):
-            dropped = header.dropped
-            if dropped is not None:
-                self.dropped.append(
-                    (self._keys[of], self.job_ids[of], *order, dropped.first_sequence,
-                     dropped.last_sequence, dropped.batches, dropped.bytes, dropped.reason)
-                )  # fmt: skip
+        heads = zip(places.tolist(), self._headers(places), strict=True)
+        said = [(place, head.dropped) for place, head in heads if head.dropped is not None]
+        if said:
+            own = tables.columns(_DROPPED, [_plain_dropped(one) for _, one in said])
+            kept = np.array([place for place, _ in said])
+            self.tables["dropped"] = self._columns("dropped", kept, own)
 
     def _count(self) -> None:
         """Rows of `points`, `totals`, `epochs`; batches that cannot be read are left out."""
         while True:
             totals, points = self._needed()
-            wanted = np.union1d(totals, points)
+            wanted = _places(len(self._order), np.append(totals, points))
             found = self._records(wanted)
             if not found.bad:
                 break
@@ -335,7 +374,6 @@ class _Rows:
             self._alive[wanted[list(found.bad)]] = False
         self.decoded = len(found.path.codes)
         self._say_epochs(totals[latest.starts(self._epoch[totals], self._month[totals])])
-        self._jobs = integers(self.job_ids)
         kept = self._table("totals", self._month, totals, wanted, found)
         used = np.unique(found.path.codes[kept]).tolist()
         self.paths = tuple(sorted(found.path.values[code] for code in used))
@@ -355,23 +393,32 @@ class _Rows:
         )
 
     def _say_epochs(self, places: Column) -> None:
-        months = self._month[places].tolist()
-        ends = self._sorted["end_ns"][places].tolist()
-        origins = [*map(self._batches.origin, self._order[places].tolist())]
-        vouched = ((self._sorted["bits"][places] & dr.UNVOUCHED) == 0).astype(np.int64).tolist()
-        for month, end_ns, origin, proved, (of, generation, sequence, tie, header) in zip(
-            months, ends, origins, vouched, self._each(places), strict=True
-        ):
+        if not len(places):
+            return
+        rows = []
+        for header in self._headers(places):
             ledger, final = header.ledger, header.final
+            if ledger is None:
+                raise DirectoryError("batch of counters without a ledger")
             by, lost, processes = ledger.unattributed_by, ledger.lost, header.processes
-            self.epochs.append(
-                (self._keys[of], self.job_ids[of], month, generation, sequence, tie,
-                 header.begin_ns, end_ns, header.mode, header.loader, header.software,
+            rows.append(
+                (header.begin_ns, header.mode, header.loader, header.software,
                  int(header.unclaimed), final and final.reason, final and final.live,
                  ledger.cgroup_cpu_ns, ledger.attributed_cpu_ns, ledger.outside_cpu_ns,
                  ledger.age_ns, (by and _json(by)) or None, (lost and _json(lost)) or None,
-                 processes and _json(processes), header.executables, origin, proved)
+                 processes and _json(processes), header.executables)
             )  # fmt: skip
+        origins = [*map(self._batches.origin, self._order[places].tolist())]
+        own = {
+            "month": pa.array(self._month[places]),
+            "end_ns": pa.array(self._sorted["end_ns"][places]),
+            "origin": tables.column("VARCHAR", origins),
+            "vouched": pa.array(
+                ((self._sorted["bits"][places] & dr.UNVOUCHED) == 0).astype(np.int64)
+            ),
+            **tables.columns(_OF_HEADER, rows),
+        }
+        self.tables["epochs"] = self._columns("epochs", places, own)
 
     def _table(
         self, table: str, interval: Column, chosen: Column, wanted: Column, found: Records
@@ -385,44 +432,50 @@ class _Rows:
         batch = np.repeat(np.arange(len(chosen)), counts)
         of = np.cumsum(latest.starts(self._epoch[chosen], interval[chosen])) - 1
         flags = found.numbers["flags"][rows]
-        if flags.max(initial=0) > 2 * max(wire.FLAG_NAMES):
-            flags = np.unique(flags, return_inverse=True)[1]
         first = latest.first_of_each((of[batch], found.path.codes[rows], flags))
         if first is not None:
             rows, batch = rows[first], batch[first]
-        at = chosen[batch]
-        epoch = self._epoch[at]
-        columns: dict[str, Any] = {
-            "epoch": pa.DictionaryArray.from_arrays(
-                epoch.astype(np.int32), pa.array(self._keys, pa.binary())
-            ),
-            "job_id": tables.whole_numbers(self._jobs[epoch]),
-            INTERVAL[table]: pa.array(interval[at]),
-            **{key: pa.array(self._sorted[key][at]) for key in ("generation", "sequence")},
-            "tie": pa.array(self._sorted["digest"][at]),
-            "end_ns": pa.array(self._sorted["end_ns"][at]),
-            "path": found.path.array(rows),
-            "script": found.script.array(rows),
-            **{
-                key: tables.whole_numbers(column[rows]) for key, column in found.numbers.items()
-            },
-        }  # fmt: skip
         if len(rows):
-            self._counters[table] = {key: columns[key] for key in tables.SCHEMA[table]}
+            at = chosen[batch]
+            own = {
+                INTERVAL[table]: pa.array(interval[at]),
+                "end_ns": pa.array(self._sorted["end_ns"][at]),
+                "path": found.path.array(rows),
+                "script": found.script.array(rows),
+                **{
+                    name: tables.whole_numbers(column[rows])
+                    for name, column in found.numbers.items()
+                },
+            }
+            self.tables[table] = self._columns(table, at, own)
         return rows
 
     def write(self, writer: SetWriter) -> None:
         """Write every table that has rows."""
-        for table, columns in self._counters.items():
+        for table, columns in self.tables.items():
             tables.write(columns, writer.path(table))
-        for table, rows in (
-            ("epochs", self.epochs), ("claims", self.claims), ("dropped", self.dropped)
-        ):  # fmt: skip
-            if rows:
-                tables.write_rows(table, rows, writer.path(table))
+
+
+def _different(epoch: Sequence[int], made: Sequence[wire.Claims]) -> list[int]:
+    """Places of claims that no earlier one of the same epoch equals."""
+    said: dict[int, list[wire.Claims]] = {}
+    kept = []
+    for at, (of, claims) in enumerate(zip(epoch, made, strict=True)):
+        if claims not in said.setdefault(of, []):
+            said[of].append(claims)
+            kept.append(at)
+    return kept
+
+
+def _places(count: int, chosen: Column) -> Column:
+    """Places below `count`, each once, in order."""
+    mask = np.zeros(count, dtype=bool)
+    mask[chosen] = True
+    return np.flatnonzero(mask)
 
 
 _plain_claims: Final = operator.attrgetter(*tables.CLAIMS)
+_plain_dropped: Final = operator.attrgetter(*_DROPPED)
 
 
 _encoder: Final = msgspec.json.Encoder(order="sorted")
@@ -430,16 +483,3 @@ _encoder: Final = msgspec.json.Encoder(order="sorted")
 
 def _json(value: Any) -> str:  # noqa: ANN401
     return _encoder.encode(value).decode()
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    # Millions of tuples that make no cycles: looking for cycles among them takes longer
-    # than all else.
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()

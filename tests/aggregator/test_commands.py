@@ -222,6 +222,8 @@ def test_upstreams_json_counts_unless_there_are_batches(site: Site) -> None:
     ("arguments", "reason"),
     [
         (("report", "--by", "colour"), "no key 'colour'"),
+        (("report", "--by", "user,month,user"), "names a key twice"),
+        (("reprocess", "--dask-file", "/nowhere"), "--dask-file /nowhere: no such file"),
         (("report", "--from", "2026"), "no month"),
         (("report", "--job", "1"), "neither in the facts"),
         (("timeline", "1"), "no points"),
@@ -274,6 +276,42 @@ def test_facts_that_are_damaged_or_gone_are_one_line_and_can_be_made_again(site:
         assert "`reprocess --replace` makes facts again" in err
         assert site("reprocess", "--replace")[0] == 0
         assert site("report")[1] == before
+
+
+def test_accounts_that_are_damaged_are_made_again_without_their_folder(site: Site) -> None:
+    site.fill()
+    before = site("report")[1]
+    for path in (site.folder / "data/derived").rglob("*.parquet"):
+        os.truncate(path, 100)
+    status, _, err = site("report")
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert "delete the folder `derived`" in err
+    shutil.rmtree(site.folder / "data/derived")
+    assert site("report")[1] == before
+
+
+def test_a_state_that_is_damaged_is_one_line_and_can_be_made_again(site: Site) -> None:
+    site.fill()
+    before = site("report")[1]
+    file = site.folder / "data/state.sqlite"
+    for junk, harm in ((b"nonsense" * 1000, file.write_bytes), (b"\xff" * 9000, damage(file))):
+        harm(junk)
+        status, _, err = site("report")
+        assert (status, len(err.splitlines())) == (1, 1)
+        assert "move it away and `reprocess`" in err
+        for path in file.parent.glob("state.sqlite*"):
+            path.unlink()
+        assert site("reprocess")[0] == 0
+        assert site("report")[1] == before
+
+
+def damage(file: Path) -> Callable[[bytes], None]:
+    def write(junk: bytes) -> None:
+        with file.open("r+b") as opened:
+            opened.seek(4096)
+            opened.write(junk)
+
+    return write
 
 
 def test_all_but_the_archive_can_be_deleted_and_rebuilt(site: Site) -> None:

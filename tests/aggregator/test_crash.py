@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
+import dask_cluster
 import facts
 import pytest
 import synthetic
@@ -83,33 +82,16 @@ def test_dask_rebuilds_the_same_though_a_worker_is_killed(tmp_path: Path) -> Non
     batches = archive(tmp_path / "archive", 40)
     expected = whole(tmp_path / "whole", batches)
     file = config(tmp_path, tmp_path / "archive")
-    scheduler_file = tmp_path / "scheduler.json"
-    environment = {"PYTHONPATH": "", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1",
-               "--port", "0", "--no-dashboard", "--scheduler-file",
-               str(scheduler_file)]  # fmt: skip
-    worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file",
-              str(scheduler_file), "--nthreads", "1", "--no-nanny", "--no-dashboard",
-              "--local-directory", str(tmp_path)]  # fmt: skip
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL,
-                             "env": environment}  # fmt: skip
-    processes = [subprocess.Popen(command, **quiet)]
-    try:
-        deadline = time.monotonic() + 60
-        while not scheduler_file.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        processes += [subprocess.Popen(worker, **quiet) for _ in range(2)]
-        rebuild = start(file, "reprocess", "--dask-file", str(scheduler_file))
+    with dask_cluster.started(tmp_path) as cluster:
+        workers = [cluster.worker() for _ in range(2)]
+        rebuild = start(file, "reprocess", "--dask-file", str(cluster.file))
         database = tmp_path / "data" / "rebuild" / "state.sqlite"
+        deadline = time.monotonic() + 60
         while not database.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(1)
-        processes[1].kill()
+        workers[0].kill()
         _, said = rebuild.communicate(timeout=120)
         assert rebuild.returncode == 0, said.decode()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
     with facts.opened(tmp_path / "data") as store:
         assert facts.everything(store, SITE) == expected

@@ -6,12 +6,14 @@ import os
 import stat
 from pathlib import Path
 
+import facts
 import pytest
 import synthetic
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sams_aggregator import nodelist, sacct
+from sams_aggregator import nodelist, sacct, tables
+from sams_aggregator.work import Options, work
 
 ROW = synthetic.Row(7, 1_760_000_000, 1_760_000_100, 100, 4, "n[1-2]", 2)
 
@@ -97,6 +99,26 @@ def test_large_output_is_cut_between_lines(monkeypatch: pytest.MonkeyPatch) -> N
     assert [job.job_id for job in jobs] == list(range(50))
     assert problems == []
     assert all(job.end_ns is None for job in jobs)
+
+
+def test_rows_of_many_payloads_stand_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a column says the same in all rows of one payload and not in the next."""
+    monkeypatch.setattr(sacct, "CHUNK_BYTES", 1000)
+    rows = [
+        synthetic.Row(n, 1_760_000_000 + n, None if n < 20 else 1_760_000_900, 5, 1, "n1", 1,
+                      user=f"u{n // 15}", cluster="" if n > 30 else "c2")
+        for n in range(50)
+    ]  # fmt: skip
+    found = facts.sacct_payloads(synthetic.output(rows), 1)
+    result = work(found, Options("UTC", 600, "c1"), tmp_path)
+    assert (result.low_job, result.high_job) == (0, 49)
+    assert (result.begin_ns, result.end_ns) == (rows[0].start * 10**9, rows[-1].start * 10**9)
+    table = tables.scan("jobs", [tmp_path / str(result.name) / "jobs.parquet"])
+    told = tables.connect().execute(f"FROM {table}").fetchall()
+    assert told == [tuple(job) for one in found for job in sacct.parse(one.data)[0]]
+    assert len(told) == 50
 
 
 def fake(folder: Path, fields: str, body: str) -> list[str]:

@@ -238,6 +238,8 @@ def test_reset(site: Site) -> None:
     assert "2 paths would be mapped anew; nothing was written" in tried
     assert site.run("software", "show", "--software", "R").out == ""
     assert "2 paths mapped" in site.run("software", "reset", "--path", "/sw/*").out
+    for action in ("reset", "show"):
+        assert "is like this" in site.run("software", action, "--path", "/nowhere/*").err
     version = software.current(state)
     names = {path: one and one.software for path, one in software.mapping(state, version)}
     assert names == {

@@ -29,15 +29,19 @@ def server() -> Iterator[str]:
         yield url
 
 
+def emptied(url: str) -> None:
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP SCHEMA public CASCADE; CREATE SCHEMA public"))
+    engine.dispose()
+
+
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.system)])
 def part(request: pytest.FixtureRequest, tmp_path: Path) -> cfg.Aggregator:
     if request.param == "sqlite":
         return cfg.Aggregator(data=tmp_path)
     url = request.getfixturevalue("server")
-    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
-    with engine.begin() as connection:
-        connection.execute(sa.text("DROP SCHEMA public CASCADE; CREATE SCHEMA public"))
-    engine.dispose()
+    emptied(url)
     return cfg.Aggregator(data=tmp_path, state=url)
 
 
@@ -143,11 +147,16 @@ def test_both_databases_say_the_same(store: Store, tmp_path: Path) -> None:
 @pytest.mark.system
 @pytest.mark.timeout(300)
 def test_killed_ingests_on_postgresql(server: str, tmp_path: Path) -> None:
-    engine = sa.create_engine(server.replace("postgresql:", "postgresql+psycopg:"))
-    with engine.begin() as connection:
-        connection.execute(sa.text("DROP SCHEMA public CASCADE; CREATE SCHEMA public"))
-    engine.dispose()
+    emptied(server)
     ingest_with_kills(tmp_path, 4, 40, seed=4, state=server)
+
+
+@pytest.mark.soak
+@pytest.mark.system
+@pytest.mark.timeout(1800)
+def test_thirty_killed_ingests_on_postgresql(server: str, tmp_path: Path) -> None:
+    emptied(server)
+    ingest_with_kills(tmp_path, 30, 400, seed=6, state=server)
 
 
 @pytest.mark.parametrize(

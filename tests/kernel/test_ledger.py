@@ -211,6 +211,39 @@ def test_a_path_that_changes_is_told_anew(make_job: MakeJob, tmp_path: Path) -> 
     assert [execs[os.fsencode(path)] for path in paths] == [2, 2, 3]
 
 
+@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+def test_the_end_is_the_end_of_the_last_process(make_job: MakeJob, hierarchy: Hierarchy) -> None:
+    """Told to end while the last process gives back its memory: that is counted, too."""
+    job = make_job(hierarchy, options=Options(setup="exact"))
+    process = job.launch("/usr/bin/python3", "-S", "-c", TOUCH, str(times(1000)))
+    until(lambda: exiting(process.pid), "the exit")
+    result = job.finish()
+    ran_on = process.poll() is None
+    job.ended(process)
+    job.group.wait_empty()
+    assert not ran_on, "the collector ended before the last process did"
+    ledger = result.ledger
+    assert ledger.cgroup_cpu_ns is not None
+    assert abs(ledger.cgroup_cpu_ns - job.group.cpu_ns()) <= 1_000
+    assert abs(unexplained_ns(ledger)) <= 2_000, ledger
+
+
+TOUCH = """
+import mmap, os, sys
+memory = mmap.mmap(-1, int(sys.argv[1]) << 20)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+for at in range(0, len(memory), 4096):
+    memory[at] = 1
+os._exit(0)
+"""
+
+
+def exiting(pid: int) -> bool:
+    """Whether a process, not reaped yet, has begun to exit (PF_EXITING in proc(5)'s flags)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return bool(int(fields[6]) & 0x4)
+
+
 @pytest.mark.parametrize("setup", SETUPS)
 def test_harvests_while_threads_exec(make_job: MakeJob, setup: SetUp) -> None:
     """A thread that execs becomes its leader, number and birth included: it stays the same task."""

@@ -116,12 +116,14 @@ class DirectoryBuilder:
 class Directory:
     """What a sealed segment says of its frames: `columns` are arrays as COLUMNS names them."""
 
-    def __init__(self, packed: bytes, frames: int) -> None:
+    def __init__(
+        self, packed: bytes, frames: int, decompress: fmt.Decompress = fmt.decompress
+    ) -> None:
         """Unpack it. Raises FormatError if it is damaged or says another number of frames."""
         body = packed[: -_CHECK.size]
         if packed[-_CHECK.size :] != _CHECK.pack(fmt.checksum(body)):
             raise fmt.FormatError("directory does not match its checksum")
-        plain = fmt.decompress(body, _HEAD.size + frames * _ROW_BYTES)
+        plain = decompress(body, _HEAD.size + frames * _ROW_BYTES)
         if len(plain) != _HEAD.size + frames * _ROW_BYTES:
             raise fmt.FormatError("directory is cut")
         magic, fields, count = _HEAD.unpack_from(plain)

@@ -528,6 +528,10 @@ def decompress(data: Buffer, limit: int) -> bytes:
     return out
 
 
+# A reader may have a quicker way: what is packed, and how long it may be at most.
+Decompress = Callable[[bytes, int], bytes]
+
+
 def salvage(data: Buffer, limit: int) -> tuple[bytes, str | None]:
     """Decompress as far as it goes, at most limit bytes; what stopped it, if anything.
 

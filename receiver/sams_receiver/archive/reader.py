@@ -153,13 +153,13 @@ class Segment:
             self._index = fmt.Index(packed)
         return self._index
 
-    def directory(self) -> Directory | None:
+    def directory(self, decompress: fmt.Decompress = fmt.decompress) -> Directory | None:
         """Directory of a sealed segment; None if it has none that can be used."""
         try:
             index = self.index()
             with self._open(self.sealed_path) as file:
                 found = fmt.skippable_before(_of(file), self._index_at, directory.MAGIC)
-            return None if found is None else Directory(found[1], index.frames)
+            return None if found is None else Directory(found[1], index.frames, decompress)
         except fmt.FormatError as error:
             log.warning("segment %s: %s; read without it", self._id, error)
             return None
@@ -197,22 +197,22 @@ class Segment:
                 file.seek(block.offset)
                 yield fmt.decompress(file.read(block.length), block.raw_length)
 
-    def contents(self) -> Directory | None:
+    def contents(self, decompress: fmt.Decompress = fmt.decompress) -> Directory | None:
         """Directory of a sealed segment of which each block can be read alone, with `block`.
 
         None for a segment that is live, was damaged when it was sealed, or has no
         directory: read its frames. Raises ArchiveError for one that is not of this archive.
         """
-        found = self.directory() if self.sealed else None
+        found = self.directory(decompress) if self.sealed else None
         if found is None or not found.covers(self.index().raw_length):
             return None
         try:
-            self._check(self.block(0)[: fmt.DATA_START])
+            self._check(self.block(0, decompress)[: fmt.DATA_START])
         except fmt.FormatError:
             return None
         return found
 
-    def block(self, number: int) -> bytes:
+    def block(self, number: int, decompress: fmt.Decompress = fmt.decompress) -> bytes:
         """One block of the raw form, its frames as they were. Raises fmt.FormatError.
 
         It has been compared with its checksum, so those of its frames need not be.
@@ -224,7 +224,7 @@ class Segment:
             packed = os.pread(file.fileno(), block.length, block.offset)
         if not fmt.self_checking(packed):
             raise fmt.FormatError("block without a checksum")
-        data = fmt.decompress(packed, block.raw_length)
+        data = decompress(packed, block.raw_length)
         if len(data) != block.raw_length:
             raise fmt.FormatError("block is shorter than its index says")
         return data

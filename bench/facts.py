@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from sams_aggregator import (
     ingest,
     job,
     manifest,
+    pool,
     report,
     software,
     sources,
@@ -72,30 +73,33 @@ class Took(NamedTuple):
 
 def _run(archive: Path, sacct: Path, counts: dict[str, int], folder: Path) -> Section:
     records = counts["records"]
-    loop = alone(naive, archive)
-    rows: list[list[Any]] = [_row("naive loop: a dict for each record", loop, records, loop)]
+    shapes = {"totals only": 0, "points of ten minutes, as by default": 600, "all points": 1}
+    turns: dict[str, tuple[Steps, tuple[object, ...]]] = {
+        f"{name}, one process": (one_by_one, (archive, folder / f"r{every}", every))
+        for name, every in shapes.items()
+    }
+    loop_name = "naive loop: a dict for each record"
+    took = in_turns({loop_name: (naive, (archive,)), **turns})
+    loop = took[loop_name]
+    rows: list[list[Any]] = [_row(name, one, records, loop) for name, one in took.items()]
+    totals, one_process, _ = (took[name] for name in turns)
+    for every in (0, 1):
+        shutil.rmtree(folder / f"r{every}")
     remarks = []
-    shapes = (("totals only", 0), ("points of ten minutes, as by default", 600), ("all points", 1))
-    took: dict[int, Took] = {}
-    for name, every in shapes:
-        took[every] = alone(reprocess, archive, folder / f"r{every}", every, 1)
-        rows.append(_row(f"{name}, one process", took[every], records, loop))
-        if every != 600:
-            shutil.rmtree(folder / f"r{every}")
     two = alone(reprocess, archive, folder / "two", 600, 2)
     rows.append(_row("points of ten minutes, two processes", two, records, loop))
     dask, same = on_dask(archive, folder, fingerprint(folder / "two"))
     rows.append(["the same on Dask, two worker processes, median", dask, None, records / dask,
                  loop.wall_s / dask, None, None])  # fmt: skip
     remarks.append(
-        f"Two processes: {took[600].wall_s / two.wall_s:.2f} times one. Dask: {DASK_TURNS} runs,"
+        f"Two processes: {one_process.wall_s / two.wall_s:.2f} times one. Dask: {DASK_TURNS} runs,"
         f" the workers up before the clock starts; {dask / two.wall_s:.2f} times the pool's time."
         f" Once more with one of three workers killed on the way: same facts to the digit:"
         f" {same}."
     )
     remarks.append(
         f"Directory of batches beside the index of sealed segments; without one each batch's header"
-        f" is decoded: totals then take {without(archive, folder) / took[0].cpu_s:.1f} times the"
+        f" is decoded: totals then take {without(archive, folder) / totals.cpu_s:.1f} times the"
         " CPU."
     )
     lines = alone(reprocess, sacct, folder / "two", 600, 1)
@@ -110,8 +114,10 @@ def _run(archive: Path, sacct: Path, counts: dict[str, int], folder: Path) -> Se
         f"{counts['jobs']:,} jobs of 5 to 120 batches on 2,000 nodes, some 2,000 at a time,"
         f" {counts['batches']:,} batches in the order in which they are sent, {records:,} records,"
         f" 20,000 paths; {counts['segments']} sealed segments of {PARTITIONS} partitions,"
-        f" {counts['raw'] >> 20:,} MB raw, {counts['bytes'] >> 20:,} MB sealed. One run each, in a"
-        " process of its own, to facts recorded in the manifest, before compaction. The naive loop"
+        f" {counts['raw'] >> 20:,} MB raw, {counts['bytes'] >> 20:,} MB sealed. One run"
+        " each, in a process of its own, to facts recorded in the manifest, before compaction. What"
+        " takes one process goes on by a segment in turn, so that all meet the same machine: its"
+        " moods make tens of per cent. The naive loop"
         " reads the same archive, decodes each batch to dicts, and keeps the latest record of each"
         " epoch and path in a dict. CPU: all processes of the reading.",
         [
@@ -157,14 +163,59 @@ def _timed_alone(
     wall = timed(lambda: function(*arguments))[0]
     after = os.times()
     cpu = sum(after[:4]) - sum(before[:4])
-    peak = max(
-        resource.getrusage(who).ru_maxrss
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    pipe.send((wall, cpu, peak >> 10))
+    pipe.send(Took(wall, cpu, peak_mb()))
 
 
-def naive(archive: Path) -> int:
+def peak_mb() -> int:
+    """Memory at its most, of this process or of one that it started."""
+    # Not that of getrusage: it takes over what the parent had when it started this process.
+    status = Path("/proc/self/status").read_text()
+    own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) >> 10
+
+
+Steps = Callable[..., Iterator[None]]
+
+
+def in_turns(several: dict[str, tuple[Steps, tuple[object, ...]]]) -> dict[str, Took]:
+    """Step through all of them in turn, so that the machine's moods are the same for each.
+
+    Each in a process of its own, which waits while it is not its turn.
+    """
+    context = multiprocessing.get_context("spawn")
+    running = {}
+    took = dict.fromkeys(several, Took(0, 0, 0))
+    for name, (function, arguments) in several.items():
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_stepping, args=(theirs, function, arguments))
+        process.start()
+        theirs.close()
+        running[name] = (process, ours)
+    while running:
+        for name, (process, pipe) in list(running.items()):
+            pipe.send(True)
+            more, step = pipe.recv()
+            so_far = took[name]
+            took[name] = Took(so_far.wall_s + step.wall_s, so_far.cpu_s + step.cpu_s, step.peak_mb)
+            if not more:
+                del running[name]
+                process.join()
+                print(f"{name}: {took[name]}", file=sys.stderr)
+    return took
+
+
+def _stepping(pipe: Connection, function: Steps, arguments: tuple[object, ...]) -> None:
+    steps = function(*arguments)
+    more = True
+    while more:
+        pipe.recv()
+        before = os.times()
+        wall, more = timed(lambda: next(steps, False) is not False)
+        after = os.times()
+        pipe.send((more, Took(wall, sum(after[:4]) - sum(before[:4]), peak_mb())))
+
+
+def naive(archive: Path) -> Iterator[None]:
     latest: dict[tuple[bytes, bytes], tuple[int, int, dict[str, Any]]] = {}
     for segment in Archive.open(archive).segments():
         for frame in segment.frames():
@@ -178,7 +229,19 @@ def naive(archive: Path) -> int:
                 old = latest.get(key)
                 if old is None or old[:2] < order:
                     latest[key] = (*order, record)
-    return sum(entry[2]["cpu_ns"] for entry in latest.values())
+        yield
+    assert sum(entry[2]["cpu_ns"] for entry in latest.values())
+
+
+def one_by_one(archive: Path, data: Path, every: int) -> Iterator[None]:
+    """As an ingest with one process does it."""
+    state = st.open_state(cfg.Aggregator(data=data))
+    store = Store(state, data)
+    for task in rebuild.tasks(store, [archive], Options("UTC", every, "c1")):
+        for done in pool.run(ingest.read_segment, [task], 1):
+            ingest.take(store, done, ingest.Tally())
+        yield
+    state.close()
 
 
 def reprocess(archive: Path, data: Path, every: int, workers: int) -> None:

@@ -177,7 +177,8 @@ static __always_inline void settle(struct sams_task *row, struct sams_counters *
 	for (i = SAMS_CPU + 1; i < SAMS_COLUMNS; i++) {
 		s64 delta = now[i] - row->charged[i];
 
-		if (delta) {
+		/* Less than before: read by the harvest, and settled by the task itself since. */
+		if (delta > 0) {
 			row->charged[i] = now[i];
 			__sync_fetch_and_add(&counters->column[i], delta);
 		}
@@ -1234,31 +1235,55 @@ PROGRAM(on_rmdir, "cgroup_rmdir")
 
 /* ---- run by the collector --------------------------------------------------------- */
 
-/* Settle the task of a row, a dead one too whose free is still to come. 1: it went unseen. */
-static __always_inline int settle_row(u64 key)
+/*
+ * Charge a task back to its counter where a boundary had been put too far. `seen`: what was
+ * charged before the counter was read; another settling since then knows better.
+ */
+static __always_inline void take_back(struct sams_task *row, struct sams_slot *slot, u64 seen,
+				      u64 now_ns)
+{
+	struct sams_counters *counters = counters_of(slot, row->image >> 32, row->state);
+
+	if (now_ns < seen && replace(&row->charged[SAMS_CPU], seen, now_ns))
+		__sync_fetch_and_add(&counters->column[SAMS_CPU], now_ns - seen);
+}
+
+/* What became of a row's task: it was settled; the same, but it is on its way from its exit to
+ * its last switch; its free went unseen. */
+enum found { SETTLED, DYING, UNSEEN };
+
+/* Settle the task of a row, a dead one too whose free is still to come. */
+static __always_inline enum found settle_row(u64 key)
 {
 	struct sams_task *row = bpf_map_lookup_elem(MAP(tasks), &key);
 	struct task_struct *task = (void *)key;
 	struct columns now;
 	struct sams_slot *slot;
 	struct mm_struct *mm;
-	u64 pages = 0, most;
-	int dead;
+	u64 pages = 0, most, start_ns, seen;
+	int exiting, dead;
 
 	if (!row)
-		return 0;
+		return SETTLED;
+	start_ns = row->start_ns;
+	seen = *(volatile u64 *)&row->charged[SAMS_CPU];
 	slot = slot_of(row->slot_id);
 	read_columns(task, BARE, now.of);
 	mm = READ(task, mm);
 	dead = task_state(task, BARE) & TASK_DEAD;
+	exiting = row->state & SAMS_ROW_EXITING;
 	/* Last, so that what was read above was this task's. */
 	if (!slot || !is_row_of(row, task, BARE)) {
+		/* Freed just now, and seen: its row is gone, or another task's already. */
+		row = bpf_map_lookup_elem(MAP(tasks), &key);
+		if (!row || row->start_ns != start_ns)
+			return SETTLED;
 		if (slot) {
 			charge_unseen(row, slot);
 			__sync_fetch_and_add(&slot->tasks, -1);
 		}
 		row->slot_id = 0;
-		return 1;
+		return UNSEEN;
 	}
 	if (mm && is_leader(task, BARE)) {
 		pages = mm_rss_pages(mm);
@@ -1266,8 +1291,11 @@ static __always_inline int settle_row(u64 key)
 		if (most > pages)
 			pages = most;
 	}
-	charge(row, slot, &now, dead ? BOUNDARY : FORWARD, pages);
-	return 0;
+	/* Nothing is left to be split: the counter is what its cgroup was charged. */
+	if (exiting)
+		take_back(row, slot, seen, now.of[SAMS_CPU]);
+	charge(row, slot, &now, FORWARD, pages);
+	return exiting && !dead ? DYING : SETTLED;
 }
 
 /* Take up a task that was in a job's cgroup before the programs were. */
@@ -1300,17 +1328,21 @@ static __always_inline void take_up(struct task_struct *task)
 
 #ifndef SAMS_BCC
 /* Over all rows; writes the keys of those whose task has gone unseen, for the collector to
- * delete. */
+ * delete, and of those whose task is dying, one higher: addresses are even. */
 SEC("iter/bpf_map_elem")
 int harvest(struct bpf_iter__bpf_map_elem *ctx)
 {
 	u64 *key_now = ctx->key, key;
+	enum found found;
 
 	if (!key_now)
 		return 0;
 	key = *key_now;
-	if (settle_row(key))
-		bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
+	found = settle_row(key);
+	if (found == SETTLED)
+		return 0;
+	key += found == DYING;
+	bpf_seq_write(ctx->meta->seq, &key, sizeof(key));
 	return 0;
 }
 

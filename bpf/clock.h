@@ -5,6 +5,19 @@
 #ifndef SAMS_CLOCK_H
 #define SAMS_CLOCK_H
 
+/*
+ * A task's counter is brought up to date at every tick. What seems to be a longer slice is a
+ * CPU that was taken away from this machine and of which the scheduler has not been told yet
+ * (steal time is taken off when the run queue's clock moves on): how much of it the task ran,
+ * nobody can tell. Negative then.
+ */
+static __always_inline s64 believable(s64 slice)
+{
+	if (slice > (s64)option_slice_ns)
+		return -1;
+	return slice > 0 ? slice : 0;
+}
+
 #ifndef SAMS_BCC
 
 /* The CPU's clock counter; negative: it cannot be read. */
@@ -36,7 +49,7 @@ static __always_inline s64 running_slice(struct task_struct *current)
 	slice = counter + cost->clock_offset_ns -
 		(s64)(LOAD(TYPED, rq, clock) - LOAD(TYPED, rq, clock_task)) -
 		(s64)LOAD(TYPED, current, se.exec_start);
-	return slice > 0 ? slice : 0;
+	return believable(slice);
 }
 
 /*
@@ -102,7 +115,7 @@ static __always_inline s64 running_slice(struct task_struct *current)
 	if ((s64)(now - arrival) > (s64)SAMS_CLOCK_AGE)
 		return -1;
 	slice = now - CLOCK_LAG(cost) - start;
-	return slice > 0 ? slice : 0;
+	return believable(slice);
 }
 
 /*

@@ -138,6 +138,7 @@ OPTION(u32, option_host_mounts, 0);  /* inode of the host's mount namespace, 0: 
 OPTION(u32, option_slices, 1);	     /* the CPU clocks are there */
 OPTION(u64, option_seed, 0);	     /* of the executables' hash */
 OPTION(u64, option_limit_ns, 0);     /* of the programs' own time per CPU and second, 0: none */
+OPTION(u64, option_slice_ns, 0);     /* a longer slice has time in it that the task did not run */
 OPTION(u32, option_parents, 0);	     /* how many of the following are in use */
 #ifndef SAMS_BCC
 const volatile u64 option_parent_hash[SAMS_PARENTS] = {}; /* of folders of job cgroups */

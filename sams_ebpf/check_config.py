@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from sams_ebpf import config, settings
+from sams_ebpf import config, post
 from sams_ebpf.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -30,16 +30,10 @@ def command(arguments: argparse.Namespace) -> int:
 def _files(ship: config.Ship) -> Iterator[str]:
     """Tell which of the files that receivers need are not what they have to be."""
     for name, receiver in ship.receivers.items():
-        for path in (receiver.ca_file, receiver.client_certificate):
-            if path is not None and not path.exists():
-                yield f"ship.receivers.{name}: {path}: does not exist"
-        for path in (receiver.token_file, receiver.basic_file, receiver.client_key):
-            if path is None:
-                continue
-            try:
-                if path == receiver.client_key:
-                    settings.check_secret(path)
-                else:
-                    settings.read_secret(path)
-            except UsageError as error:
-                yield f"ship.receivers.{name}: {error}"
+        fault = post.unusable(receiver)
+        if fault is not None:
+            yield f"ship.receivers.{name}: {fault}"
+        try:
+            post.credentials(receiver)
+        except UsageError as error:
+            yield f"ship.receivers.{name}: {error}"

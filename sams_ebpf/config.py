@@ -40,6 +40,12 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     cluster: Name | None = None
     node: Name | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse names with which every receiver would refuse every batch."""
+        for key, name in (("cluster", self.cluster), ("node", self.node)):
+            if name is not None and settings.PLAIN_NAME.fullmatch(name) is None:
+                raise ValueError(f"{key}: {name!r}: only letters, digits, '.', '_', '-'")
+
     def node_name(self) -> str:
         """Name of this node: as configured, as slurmd calls it, or the short host name."""
         return self.node or os.environ.get("SLURMD_NODENAME") or os.uname().nodename.split(".")[0]

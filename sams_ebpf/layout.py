@@ -26,6 +26,8 @@ SLOT_USED: Final = 1
 # enum sams_claim_flag
 CLAIM_BY_HAND: Final = 1
 CLAIM_ENDED: Final = 2
+# enum found: what `harvest` returns where it is run by hand
+DYING: Final = 1
 
 CONTROLLERS: Final = {
     "v2": 0,

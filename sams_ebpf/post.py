@@ -6,6 +6,7 @@ import base64
 import email.utils
 import enum
 import json
+import re
 import socket
 import ssl
 import threading
@@ -23,7 +24,7 @@ from sams_ebpf.errors import UsageError
 MAX_ANSWER_BYTES: Final = 64 << 10
 MAX_REASON: Final = 200
 MAX_RETRY_AFTER_S: Final = 3600.0
-# What the receiver says about this batch alone; asking again would change nothing.
+# What a receiver says about this batch alone; asking again would change nothing.
 _REFUSED: Final = frozenset({400, 409, 413, 415, 422})
 _DENIED: Final = frozenset({401, 403, 407})
 
@@ -139,7 +140,7 @@ class Sender:
             answer = self._post(body, headers)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             self._let_go()
-            answer = Answer(Outcome.LATER, explain(error))
+            answer = Answer(Outcome.LATER, unusable(self._receiver) or explain(error))
         finally:
             timer.cancel()
         # A header that is cut short can still read as an answer.
@@ -181,7 +182,9 @@ class Sender:
             text = _read(response)
         finally:
             response.close()
-        reason = f"{status} {_reason(text) or response.reason or ''}".strip()
+        error = _error(text)
+        said = error or _title(text).removeprefix(f"{status} ") or response.reason or ""
+        reason = f"{status} {said}".strip()
         if 200 <= status < 300:
             if _acknowledged(text):
                 return Answer(Outcome.STORED, reason)
@@ -189,11 +192,17 @@ class Sender:
             reason = f"{reason}: not what a receiver answers; check the url"
             return Answer(Outcome.LATER, reason)
         if status in _REFUSED:
-            return Answer(Outcome.REFUSED, reason)
+            if error:
+                return Answer(Outcome.REFUSED, reason)
+            # A proxy that takes offence at this node's certificate, say: no word on the batch.
+            reason = f"{reason}: not what a receiver answers; what is in front of it?"
+            return Answer(Outcome.LATER, reason)
         if status in _DENIED:
             return Answer(Outcome.DENIED, reason)
         if 300 <= status < 400:
             reason = f"{reason}: redirects are not followed; check the url"
+        if status == 404:
+            reason = f"{reason}: check the url"
         return Answer(Outcome.LATER, reason, retry_after(response.headers.get("Retry-After")))
 
     def _cut(self, overdue: threading.Event) -> None:
@@ -227,6 +236,32 @@ def credentials(receiver: config.Receiver) -> dict[str, str]:
     return {}
 
 
+def unusable(receiver: config.Receiver) -> str | None:
+    """Tell which file for TLS cannot be used, and why: OpenSSL's own words name none."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    path = receiver.ca_file
+    try:
+        if path is not None and not path.is_dir():
+            context.load_verify_locations(path)
+    except ssl.SSLError:
+        return f"{path}: holds no certificate in PEM"
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    certificate, key = receiver.client_certificate, receiver.client_key
+    if certificate is None or key is None:
+        return None
+    try:
+        # An empty passphrase: nobody is there to be asked for one.
+        context.load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            return f"{key}: is not the key of {certificate}"
+        return f"{certificate}, {key}: not a certificate and its key in PEM without a passphrase"
+    except OSError as error:
+        return f"{certificate}, {key}: cannot be read: {error.strerror}"
+    return None
+
+
 def retry_after(value: str | None, now: float | None = None) -> float | None:
     """Seconds that a Retry-After header asks for, at most an hour; None if it says nothing."""
     if value is None:
@@ -249,7 +284,10 @@ def explain(error: BaseException) -> str:
         if not isinstance(inner, BaseException):
             break
         cause = inner
-    return _line(str(cause) or type(cause).__name__)
+    text = re.sub(r" \(_ssl\.c:\d+\)$", "", str(cause))
+    if isinstance(cause, ssl.SSLCertVerificationError) and re.search("expired|not yet valid", text):
+        text += " by this node's clock"
+    return _line(text or type(cause).__name__)
 
 
 def _system_ca() -> str | bool:
@@ -269,16 +307,20 @@ def _read(response: requests.Response) -> bytes:
     return text[:MAX_ANSWER_BYTES]
 
 
-def _reason(text: bytes) -> str:
+def _error(text: bytes) -> str:
+    """What a receiver says is wrong; empty if it was none that spoke."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):
         return ""
-    if isinstance(document, dict):
-        for key in ("reason", "error", "message"):
-            if isinstance(document.get(key), str):
-                return _line(document[key])
-    return ""
+    found = document.get("error") if isinstance(document, dict) else None
+    return _line(found) if isinstance(found, str) else ""
+
+
+def _title(text: bytes) -> str:
+    """What a web server's page of HTML says in short."""
+    found = re.search(rb"<title>([^<]{1,200})</title>", text, re.IGNORECASE)
+    return _line(found[1].decode("utf-8", "replace")) if found else ""
 
 
 def _acknowledged(text: bytes) -> bool:

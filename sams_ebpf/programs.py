@@ -112,15 +112,21 @@ class ProgramSet:
         data = wide.lookup(_ZERO) or b""
         return [layout.Cost._make(values) for values in each.iter_unpack(data)]
 
-    def settle(self) -> Iterator[bytes]:
-        """Settle every live task; yields the keys of rows whose task has gone unseen."""
+    def settle(self) -> Iterator[tuple[bytes, bool]]:
+        """Settle every task.
+
+        Yields the keys of rows whose task has gone unseen (False), or is dying (True): past
+        its exit, but not at its last switch.
+        """
         if self.loader == "libbpf":
-            gone = bpf.run_iterator(self.iterators["harvest"])
-            yield from (gone[at : at + 8] for at in range(0, len(gone), 8))
+            told = bpf.run_iterator(self.iterators["harvest"])
+            for (key,) in layout.U64.iter_unpack(told):
+                yield layout.U64.pack(key & ~1), bool(key & 1)
             return
-        for key in self.maps["tasks"].all_keys():
-            if bpf.run_program(self.iterators["harvest"], layout.U64.unpack(key)):
-                yield key
+        for row in self.maps["tasks"].all_keys():
+            found = bpf.run_program(self.iterators["harvest"], layout.U64.unpack(row))
+            if found:
+                yield row, found == layout.DYING
 
     def adopt(self, folders: Iterable[Path]) -> None:
         """Take up the tasks that are in these cgroups, and noted as a job's, already."""
@@ -243,7 +249,7 @@ def _load_with_bcc(options: Options) -> ProgramSet:
         if name != "parent_hash"
     }
     constants |= {f"PARENT_{i}": f"{rodata.parent_hash[i]}ULL" for i in range(layout.PARENTS)}
-    for name in ("seed", "limit_ns"):
+    for name in ("seed", "limit_ns", "slice_ns"):
         constants[f"option_{name}"] = f"{constants[f'option_{name}']}ULL"
     fds = {name: one.fd for name, one in maps.items()}
     from sams_ebpf import bcc_loader  # noqa: PLC0415 (few nodes need it)
@@ -308,6 +314,7 @@ class _Rodata(ctypes.Structure):
         ("slices", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("limit_ns", ctypes.c_uint64),
+        ("slice_ns", ctypes.c_uint64),
         ("parents", ctypes.c_uint32),
         ("parent_hash", ctypes.c_uint64 * layout.PARENTS),
     )
@@ -328,9 +335,28 @@ def _fill_options(rodata: _Rodata, options: Options, *, slices: bool) -> None:
     rodata.slices = slices
     rodata.seed = int.from_bytes(os.urandom(8))
     rodata.limit_ns = int(options.limit_percent * 10_000_000)
+    rodata.slice_ns = _longest_slice_ns()
     rodata.parents = len(options.parents)
     for index, parent in enumerate(options.parents):
         rodata.parent_hash[index] = layout.path_hash(os.fsencode(parent))
+
+
+_CLOCK_MONOTONIC_COARSE: Final = 6  # clock_gettime(2): it moves on once a tick
+
+
+def _longest_slice_ns() -> int:
+    """How long a task can run before the scheduler brings its counter up to date.
+
+    A tick, and a quarter for one that is late; a second where CPUs run without ticks
+    (nohz_full=), whose tasks are then looked at from another CPU.
+    """
+    try:
+        tickless = Path("/sys/devices/system/cpu/nohz_full").read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        tickless = ""
+    if tickless not in ("", "(null)"):
+        return 1_250_000_000
+    return int(time.clock_getres(_CLOCK_MONOTONIC_COARSE) * 1.25e9)
 
 
 def _host_mounts() -> int:

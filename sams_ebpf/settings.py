@@ -19,6 +19,8 @@ from sams_ebpf.errors import UsageError
 SECTIONS = ("site", "collector", "spool", "ship", "receiver", "aggregator", "software")
 MAX_BYTES = 16 << 20
 MAX_SECRET_BYTES = 64 << 10
+# A node's or a cluster's name; a receiver refuses batches that claim any other.
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 T = TypeVar("T", bound=msgspec.Struct)
 

@@ -18,6 +18,10 @@ LATER_RUN: Final = "later_run_ns"
 _TRIES: Final = 20  # once in a job's life
 _HARVEST_TRIES: Final = 3
 _TICK_NS: Final = 4_000_000
+_PAUSE_S: Final = 0.01
+# How long to wait for what a job's last processes do between their exit and their end.
+_DYING_S: Final = 2.0
+_GLANCE_S: Final = 0.002
 _OVERFLOW: Final = layout.Name(wire.OVERFLOW, b"", b"")
 _OVERFLOW_OUTSIDE: Final = layout.Name(wire.OVERFLOW | wire.OUTSIDE, b"", b"")
 
@@ -82,18 +86,24 @@ class BpfMeter:
 
         What runs meanwhile moves both on, at ticks and whenever a clock is read: of a few
         tries the one that was disturbed least counts, or the first by no more than
-        `enough_ns`.
+        `enough_ns`. Where all CPUs are busy, one who has slept meanwhile keeps its CPU longer.
+        Where all processes have exited, those that are not dead yet are waited for: giving
+        back a large memory can take them long.
         """
         best: tuple[int, _Reading] | None = None
+        patience = time.monotonic() + _DYING_S
         while True:
             self.read_counter()
             earlier = self._claim.last_ns
-            self._settle()
+            dying = self._settle()
             totals = self._totals()
             slot = slots.read(self._programs, self._id)
             if slot is None:
                 raise bpf.BpfError(f"slot {self._id:#x}: released by somebody else")
             self.read_counter()
+            if dying and slot.live <= 0 and time.monotonic() < patience:
+                time.sleep(_GLANCE_S)
+                continue
             disturbed = self._claim.last_ns - earlier
             if best is None or disturbed < best[0]:
                 best = disturbed, _Reading(slot, totals, self._claim)
@@ -101,6 +111,7 @@ class BpfMeter:
             if disturbed <= enough_ns or not tries:
                 self._claim = best[1].claim
                 return best[1]
+            time.sleep(_PAUSE_S)
 
     def read_counter(self) -> None:
         """Read the kernel's counter of the job's cgroup, if it is there; the last one is kept.
@@ -205,12 +216,20 @@ class BpfMeter:
             ),
         )
 
-    def _settle(self) -> None:
+    def _settle(self) -> int:
+        """Settle all tasks; gives how many of the job's own have exited and are not dead yet."""
         tasks = self._programs.maps["tasks"]
-        for key in self._programs.settle():
+        mine = layout.U32.pack(self._id)
+        count = 0
+        for key, dying in self._programs.settle():
             row = tasks.lookup(key)
-            if row is not None and row.startswith(bytes(4)):  # not taken by a new task since
+            if row is None:
+                continue
+            if dying:
+                count += row.startswith(mine)
+            elif row.startswith(bytes(4)):  # not taken by a new task since
                 tasks.delete(key)
+        return count
 
     def _totals(self) -> list[tuple[int, bytes]]:
         # A row that two CPUs made at once for one path has no name and no charge.

@@ -7,6 +7,7 @@ hostile: types, lengths, counts and integers are bounded by the types below.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Annotated, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -419,9 +420,10 @@ def _reorder(rows: list[list[bytes | int | None]], fields: list[str]) -> list[Re
         return []
     if fields[:KEY_COLUMNS] != FIELDS[:KEY_COLUMNS]:
         raise WireError(f"fields do not start with {', '.join(FIELDS[:KEY_COLUMNS])}")
-    place = [fields.index(name) if name in fields else None for name in FIELDS]
+    # In front of each row stands what is taken for a column that it has not.
+    pick = itemgetter(*(fields.index(name) + 1 if name in fields else 0 for name in FIELDS))
     try:
-        plain = [[None if at is None else row[at] for at in place] for row in rows]
+        plain = [pick([None, *row]) for row in rows]
     except IndexError:
         raise WireError("a record is shorter than fields") from None
     try:

@@ -17,17 +17,27 @@ started by the Prolog, ended by the Epilog and shipped to a receiver, and the ke
 split tests run with each loader: every case, with fewer repetitions (`SAMS_TEST_SCALE=20`, see
 `tests/support/scale.py`) and the same bounds but for two: tasks that move may be off by more ticks,
 and in mid-life, while the collector waits for a CPU, the difference is shown and not judged. Rows
-that were not run say why. The same table makes the boxes of `vagrant/Vagrantfile`.
+and parts that were not run say why. The same table makes the boxes of `vagrant/Vagrantfile`.
 
-A row runs in parts of a few minutes, and a part can be run by itself:
+A row runs in parts of five to fifteen minutes, and a part can be run by itself:
 `make test-vm VM=debian-12-v2:bcc-split`. The first run makes the disk (5 GB below `.cache/vm`).
+
+- `site`: install, `probe`, a job's unit, the three workloads
+- `libbpf-default`, `bcc-split`: split and ledger tests with the default set-up; with BCC, both
+  loaders on one job too
+- `libbpf-exact`, `bcc-exact`: the same with `exact: true`
+- `libbpf-small`: the ledger tests whose maps are too small for the job
+- `proc`: the tests of sampling, where there is no BPF
 
 """
 MS = 1_000_000
+NO_RESULT = "no result yet"
 
 
 def problems(row: Row, part: str, found: dict[str, Any]) -> list[str]:
-    """Say where a part of a row did not come out as the table expects."""
+    """Say where a part of a row did not come out as the table expects; none if it was not run."""
+    if "not_run" in found:
+        return []
     if "error" in found:
         return [found["error"]]
     steps: dict[str, Any] = found["steps"]
@@ -98,25 +108,38 @@ def _overview(rows: list[Row], results: dict[str, Any]) -> list[str]:
         for row in rows:
             expected = " or ".join(row.expect.loaders) or row.expect.mode
             if row.vm.absent or row.id not in results:
-                why = row.vm.absent or "no result yet"
+                why = row.vm.absent or NO_RESULT
                 yield _name(row), "", f"(expected: {expected})", "", "", f"not run: {why}"
                 continue
             steps = _steps(results, row)
             releases = {p["kernel"] for p in results[row.id].values() if "kernel" in p}
             used = steps.get("probe", {}).get("would_use") or {}
-            auto = ", ".join(filter(None, (used.get("mode"), used.get("loader")))) or "?"
-            bad = [x for part, found in results[row.id].items() for x in problems(row, part, found)]
+            auto = ", ".join(filter(None, (used.get("mode"), used.get("loader"))))
             yield (
                 _name(row),
                 " ".join(sorted(releases)),
-                auto,
+                auto or f"not asked (expected: {expected})",
                 "; ".join(_tests(name, step) for name, step in sorted(steps.items()) if _is(name)),
                 _unit(steps.get("unit")),
-                (f"{len(bad)} exceptions, see below" if bad else "as expected")
-                + f"; at {', '.join(sorted({p['commit'] for p in results[row.id].values()}))}",
+                _outcome(row, results[row.id]),
             )
 
     return _table("| row | kernel | `auto` | tests | a job's unit | outcome |", lines())
+
+
+def _outcome(row: Row, parts: dict[str, Any]) -> str:
+    """What came of a row's parts, and at which commits."""
+    ran = {part: found for part, found in parts.items() if "not_run" not in found}
+    bad = [part for part, found in ran.items() if problems(row, part, found)]
+    good, of = len(ran) - len(bad), len(row.parts)
+    words = [f"all {of} parts as expected" if good == of else f"{good} of {of} parts as expected"]
+    if bad:
+        words.append(f"not as expected, see below: {', '.join(bad)}")
+    if missing := [part for part in row.parts if part not in ran]:
+        words.append(f"not run: {', '.join(missing)}")
+    if commits := sorted({found["commit"] for found in ran.values()}):
+        words.append(f"at {', '.join(commits)}")
+    return "; ".join(words)
 
 
 def _is(name: str) -> bool:
@@ -132,7 +155,7 @@ def _tests(name: str, step: dict[str, Any]) -> str:
 
 def _unit(step: dict[str, Any] | None) -> str:
     if step is None:
-        return "did not run"
+        return "not tried"
     if not step["final"]:
         return "no final batch"
     batches = f"{step['batches']} batch{'es' if step['batches'] != 1 else ''}"
@@ -300,8 +323,12 @@ def _exceptions(rows: list[Row], results: dict[str, Any]) -> list[str]:
             if _is(name):
                 found += [f"  - {name}: skipped: {one}" for one in step["skips"]]
         if row.id in results:
-            missing = [part for part in row.parts if part not in results[row.id]]
-            found += [f"  - not run: {', '.join(missing)}"] if missing else []
+            parts = {part: results[row.id].get(part, {"not_run": NO_RESULT}) for part in row.parts}
+            why: dict[str, list[str]] = {}
+            for part, brought in parts.items():
+                if "not_run" in brought:
+                    why.setdefault(brought["not_run"], []).append(part)
+            found += [f"  - not run: {', '.join(names)}: {reason}" for reason, names in why.items()]
         if found:
             lines += [f"- {_name(row)}", *found]
     return [*lines, ""]

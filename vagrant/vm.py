@@ -30,7 +30,10 @@ from image import Cache, run
 from sams_ebpf.errors import SamsError
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_S = 480
+# Of one machine, on a host that has other work too; what hangs ends by itself long before.
+LIMIT_S = 1800
+# Before a machine is stopped its tests are, so that what they found gets out.
+MARGIN_S = 90
 # How much slower than real hardware the tests take these machines to be.
 SCALE = 20
 # What the machine needs of this repository.
@@ -48,6 +51,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "vagrant/results.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/kernels.md")
     parser.add_argument("--cpus", type=int, default=2, help="of a machine that runs tests")
+    parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds that a part may take")
+    parser.add_argument(
+        "--not-run", metavar="REASON", help="run nothing; note why parts without a result were not"
+    )
     arguments = parser.parse_args()
     rows = table.read()
     every = {f"{row.id}:{part}": row for row in rows if not row.vm.absent for part in row.parts}
@@ -56,19 +63,33 @@ def main() -> int:
     unknown = {one for one in asked if not any(one in (n, n.partition(":")[0]) for n in wanted)}
     if unknown:
         parser.error(f"no such row, or one that cannot be had: {', '.join(sorted(unknown))}")
+    if arguments.not_run:
+        results = json.loads(arguments.results.read_text())
+        for name in wanted:
+            row, part = every[name], name.partition(":")[2]
+            if "steps" not in results.get(row.id, {}).get(part, {}):
+                results = _keep(arguments.results, row, part, {"not_run": arguments.not_run})
+        arguments.page.write_text(report.page(rows, results))
+        return 0
     cache = Cache(arguments.cache.absolute())
     suites = sorted({row.vm.suite for row in rows if row.vm.suite})
     failed = False
     temporary = tempfile.TemporaryDirectory(prefix="sams-vm-")
     try:
         product = Path(temporary.name)
+        commit = _commit()
         _build(product)
         disk = cache.disk(suites)
         for name in wanted:
             row, part = every[name], name.partition(":")[2]
             print(f"{name}: booting", flush=True)
             tests = any(step.startswith("tests") for step in row.parts[part])
-            found = _boot(row, part, cache, disk, product, cpus=arguments.cpus if tests else 1)
+            found = _boot(
+                *(row, part, cache, disk, product),
+                cpus=arguments.cpus if tests else 1,
+                limit_s=arguments.limit,
+                commit=commit,
+            )
             print(f"{name}: {report.verdict(row, part, found)}", flush=True)
             results = _keep(arguments.results, row, part, found)
             arguments.page.write_text(report.page(rows, results))
@@ -91,6 +112,15 @@ def _keep(file: Path, row: table.Row, part: str, found: dict[str, Any]) -> dict[
         opened.truncate(0)
         opened.write(json.dumps(results, indent=1, sort_keys=True) + "\n")
     return results
+
+
+def _commit() -> str:
+    """What is tested; results of other parts, written meanwhile, do not make it another."""
+    git = ("git", "-C", ROOT)
+    changed = run(
+        *git, "status", "--porcelain", "--", ".", ":!vagrant/results.json", ":!docs/kernels.md"
+    )
+    return run(*git, "rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
 
 
 def _build(folder: Path) -> None:
@@ -123,14 +153,27 @@ def _build(folder: Path) -> None:
 
 
 def _boot(
-    row: table.Row, part: str, cache: Cache, disk: Path, product: Path, *, cpus: int
+    row: table.Row,
+    part: str,
+    cache: Cache,
+    disk: Path,
+    product: Path,
+    *,
+    cpus: int,
+    limit_s: int,
+    commit: str,
 ) -> dict[str, Any]:
     """Run one machine to its end; its results, or what is known of why there are none."""
     with tempfile.TemporaryDirectory(prefix=f"sams-vm-{row.id}-") as folder:
         share = Path(folder) / "share"
         shutil.copytree(product, share)
         share.chmod(0o755)
-        asked = {"cgroup": row.cgroup, "steps": row.parts[part], "scale": SCALE}
+        asked = {
+            "cgroup": row.cgroup,
+            "steps": row.parts[part],
+            "scale": SCALE,
+            "end_s": limit_s - MARGIN_S,
+        }
         (share / "row.json").write_text(json.dumps(asked))
         command = _uml(row, disk, share) if row.vm.uml else _qemu(row, cache, disk, share, cpus)
         began = time.monotonic()
@@ -144,7 +187,7 @@ def _boot(
                 start_new_session=True,
             )
             try:
-                process.wait(LIMIT_S)
+                process.wait(limit_s)
             except subprocess.TimeoutExpired:
                 # UML has processes of its own; they are all in this session.
                 os.killpg(process.pid, 9)
@@ -158,7 +201,7 @@ def _boot(
             shutil.copy(log, cache.folder / f"{row.id}-{part}-{log.name}")
         result["missing"] = [x for x in row.parts[part] if x not in result.get("steps", {})]
         result["cpus"] = cpus
-        result["commit"] = run("git", "-C", ROOT, "describe", "--always", "--dirty").strip()
+        result["commit"] = commit
         result["machine_s"] = round(time.monotonic() - began)
         return result
 

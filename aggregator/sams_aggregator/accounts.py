@@ -308,7 +308,7 @@ class _Builder:
             SELECT n.number AS run, n.epoch, n.status, n.origin, n.node, n.begin_ns, n.end_ns,
                 h.mode, h.loader, h.final_reason, h.unclaimed, h.cgroup_cpu_ns,
                 h.attributed_cpu_ns, h.outside_cpu_ns, h.age_ns, h.unattributed_by, h.lost,
-                h.processes, h.job_id
+                h.processes, h.job_id, h.vouched
             FROM numbered n JOIN (
                 SELECT * FROM head QUALIFY row_number() OVER (
                     PARTITION BY epoch ORDER BY generation DESC, sequence DESC, tie DESC) = 1

@@ -51,8 +51,10 @@ class Batches:
         self._data: list[bytes | None] = []
         self._headers: dict[int, wire.Header] = {}
 
-    def add_segment(self, picked: Picked, origin: str) -> list[tuple[int, str, bytes]]:
-        """Take the batches of a segment, before all others; gives kind, place, bytes of the rest.
+    def add_segment(self, picked: Picked, origin: str) -> list[tuple[int, str, bytes, bool]]:
+        """Take the batches of a segment, before all others.
+
+        Gives kind, place, bytes of the rest, and whether their sender was proved.
 
         Raises DirectoryError.
         """
@@ -61,13 +63,16 @@ class Batches:
         self._data = [None] * self.of_segment
         others = self._segment.others
         return [
-            (int(self._segment.kinds[at]), self._segment.place(at), data)
-            for at, data in self._segment.read(others).items()
+            (int(of.kinds[at]), of.place(at), data, not of.bits[at] & dr.UNVOUCHED)
+            for of in [self._segment]
+            for at, data in of.read(others).items()
         ]
 
-    def add(self, data: bytes, outline: wire.Outline, origin: str, place: str) -> None:
+    def add(
+        self, data: bytes, outline: wire.Outline, origin: str, place: str, *, vouched: bool
+    ) -> None:
         """Take one batch."""
-        self._singles.add(len(data), outline, fmt.content_digest(data))
+        self._singles.add(len(data), outline, fmt.content_digest(data), vouched=vouched)
         self._data.append(data)
         self._said.append((origin, place))
 
@@ -151,7 +156,7 @@ class _Segment:
         self._block = np.searchsorted(blocks, self._offsets, side="right") - 1
         self._begin = self._offsets - blocks[self._block] + fmt.FRAME_HEAD
         self._end = self._begin + every["length"]
-        self.kinds = every["kind"]
+        self.kinds, self.bits = every["kind"], every["bits"]
         mine = (every["bits"] & dr.BATCH) > 0
         self.others = np.flatnonzero(~mine)
         self.rows = np.flatnonzero(mine)

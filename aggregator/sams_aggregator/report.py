@@ -591,7 +591,9 @@ def coverage(store: Store, made: Accounts, chosen: Filter) -> Report:
             coalesce(sum(m.cgroup_cpu_ns), 0),
             coalesce(sum(m.attributed_cpu_ns) FILTER (m.cgroup_cpu_ns IS NOT NULL), 0),
             coalesce(sum(m.attributed_cpu_ns), 0),
-            coalesce(sum(m.attributed_cpu_ns) FILTER (m.mode = 'proc'), 0)
+            coalesce(sum(m.attributed_cpu_ns) FILTER (m.mode = 'proc'), 0),
+            count(*) FILTER (m.vouched = 0),
+            coalesce(sum(m.attributed_cpu_ns) FILTER (m.vouched = 0), 0)
         FROM member m JOIN run r USING (run) {where}
     """).fetchone()
     core = connection.execute(f"""
@@ -630,6 +632,8 @@ def coverage(store: Store, made: Accounts, chosen: Filter) -> Report:
         ("share of them attributed, %", percent(int(members[5]), int(members[4]))),
         ("CPU-hours attributed", show.hours(int(members[6]), CPU_HOUR)),
         ("share of them in proc mode, %", percent(int(members[7]), int(members[6]))),
+        ("epochs whose sender did not prove to be the node", members[8]),
+        ("share of CPU-hours that rests on trust, %", percent(int(members[9]), int(members[6]))),
         ("batches dropped by nodes", int(dropped[0])),
         *[(f"lost: {cause}", count) for cause, count in sorted(losses.items())],
     ]

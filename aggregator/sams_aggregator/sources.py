@@ -59,7 +59,8 @@ class Reading:
         segment, name = self._segment()
         for frame in segment.frames(0, on_damage=self._damaged):
             self.extent = frame.end
-            yield Payload(frame.kind, f"{name}, byte {frame.offset}", frame.data, frame.received_ns)
+            place = f"{name}, byte {frame.offset}"
+            yield Payload(frame.kind, place, frame.data, frame.received_ns, frame.vouched)
 
     def picked(self) -> Picked | None:
         """The segment with its directory, if it has one: few of its frames need be read."""

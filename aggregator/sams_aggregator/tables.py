@@ -60,6 +60,7 @@ SCHEMA: Final[dict[str, dict[str, str]]] = {
         "cgroup_cpu_ns": "BIGINT", "attributed_cpu_ns": "BIGINT", "outside_cpu_ns": "BIGINT",
         "age_ns": "BIGINT", "unattributed_by": "VARCHAR", "lost": "VARCHAR",
         "processes": "VARCHAR", "executables": "BIGINT", "origin": "VARCHAR",
+        "vouched": "BIGINT",
     },
     "claims": {"epoch": "BLOB", **_ORDER, **CLAIMS},
     "dropped": {

@@ -67,12 +67,16 @@ class Options(NamedTuple):
 
 
 class Payload(NamedTuple):
-    """One thing to be read: what it is (as `archive.Kind` counts), where it stood, its bytes."""
+    """One thing to be read: what it is (as `archive.Kind` counts), where it stood, its bytes.
+
+    vouched: whether who sent it proved to be the node that it names.
+    """
 
     kind: int
     place: str
     data: bytes
     received_ns: int = 0
+    vouched: bool = False
 
 
 class Result(NamedTuple):
@@ -140,9 +144,9 @@ class Builder:
         self.frames += 1
         try:
             if payload.kind == KIND_COUNTERS:
-                self._add_batch(payload.data, BATCH, payload.place)
+                self._add_batch(payload.data, BATCH, payload)
             elif payload.kind == KIND_SAMS_JSON:
-                self._add_batch(self._from_json(payload.data), SAMS_JSON, payload.place)
+                self._add_batch(self._from_json(payload.data), SAMS_JSON, payload)
             elif payload.kind == KIND_SACCT:
                 jobs, problems = sacct.parse(payload.data)
                 self._jobs.add(jobs)
@@ -160,8 +164,8 @@ class Builder:
         """
         others = self._batches.add_segment(picked, BATCH)
         self.frames += self._batches.of_segment
-        for kind, place, data in others:
-            self.add(Payload(kind, place, data))
+        for kind, place, data, vouched in others:
+            self.add(Payload(kind, place, data, vouched=vouched))
 
     def write(self, folder: Path) -> Result:
         """Write what was collected. Raises OSError (a full disk, …)."""
@@ -196,10 +200,10 @@ class Builder:
         if len(self.bad) < MAX_PROBLEMS:
             self.bad.append((place, reason))
 
-    def _add_batch(self, data: bytes, origin: str, place: str) -> None:
+    def _add_batch(self, data: bytes, origin: str, of: Payload) -> None:
         if self._check:
             wire.check(data)
-        self._batches.add(data, wire.outline(data), origin, place)
+        self._batches.add(data, wire.outline(data), origin, of.place, vouched=of.vouched)
 
     def _from_json(self, data: bytes) -> bytes:
         options = self._options
@@ -409,6 +413,9 @@ class _Rows:
             "month": pa.array(self._month[places]),
             "end_ns": pa.array(self._sorted["end_ns"][places]),
             "origin": tables.column("VARCHAR", origins),
+            "vouched": pa.array(
+                ((self._sorted["bits"][places] & dr.UNVOUCHED) == 0).astype(np.int64)
+            ),
             **tables.columns(_OF_HEADER, rows),
         }
         self.tables["epochs"] = self._columns("epochs", places, own)

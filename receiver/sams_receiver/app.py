@@ -18,12 +18,13 @@ from collections.abc import Mapping
 from typing import Annotated, Final, NamedTuple
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.client_exceptions import ClientError
 from aiohttp.web_protocol import RequestHandler
 from msgspec import Meta
 
 from sams_ebpf import wire
+from sams_ebpf.settings import PLAIN_NAME
 from sams_receiver.archive import Flag, Item, Kind, SyncFailedError
 from sams_receiver.archive import format as fmt
 from sams_receiver.archive.aside import Aside
@@ -36,11 +37,15 @@ from sams_receiver.store import NotStoredError, Store
 
 log = logging.getLogger(__name__)
 
-PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _UPSTREAM_PATH: Final = re.compile(r"/([0-9]{1,19})/([A-Za-z0-9][A-Za-z0-9._-]{0,200})")
 # Bodies beyond this are decompressed in a thread and one at a time.
 _SMALL: Final = 1 << 20
 _RETRY_SECONDS: Final = 30
+# A record has no fewer on the wire: only then is it worth while to count them beforehand.
+_RECORD_BYTES: Final = 6
+# Values that upstream's JSON may hold: 3 kB on the wire can become millions of them, whose
+# objects would take a gigabyte and many seconds. 200,000 executables have as many.
+_JSON_PARTS: Final = 600_000
 _JSON: Final = {"Content-Type": "application/json"}
 
 
@@ -110,10 +115,9 @@ class App:
             client = await self._identify(request, front)
         except DeniedError as denied:
             peer = front.peer(request)
-            self.metrics.denied.labels(str(denied.status)).inc()
-            if peer is not None and self._failures.take(peer, now):
+            seldom = self.denied(str(denied.status), peer or "a proxy's client", denied.reason)
+            if peer is not None and not seldom:
                 raise self._too_many_failures() from denied
-            log.warning("%s denied: %s", short_name(peer or "a proxy's client"), denied.reason)
             text = "who are you?" if denied.status == 401 else "not allowed"
             raise Refusal(denied.status, text) from denied
         # Where nodes share one name the address tells them apart, if there is one.
@@ -122,6 +126,7 @@ class App:
         if wait:
             self.metrics.limited.labels("rate").inc()
             raise Refusal(429, "too many requests", retry=wait)
+        front.admitted(request)
         return client
 
     async def _identify(self, request: web.BaseRequest, front: Front) -> Client:
@@ -137,7 +142,7 @@ class App:
             client = self.door.by_certificate(certificate)
             if client is not None:
                 return client
-        kind, _, value = request.headers.get("Authorization", "").partition(" ")
+        kind, _, value = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         if kind.lower() == "bearer":
             return self.door.by_token(value.strip())
         if kind.lower() == "basic":
@@ -154,6 +159,14 @@ class App:
                 return await asyncio.to_thread(self.door.check_password, user, password)
         raise DeniedError(401, "no credentials")
 
+    def denied(self, status: str, who: str, reason: str) -> bool:
+        """Count, and log unless `who` is denied too often to be news; False in that case."""
+        self.metrics.denied.labels(status).inc()
+        if self._failures.take(who, time.monotonic()):
+            return False
+        log.warning("%s denied: %s", short_name(who), reason)
+        return True
+
     def _too_many_failures(self) -> Refusal:
         self.metrics.limited.labels("failures").inc()
         return Refusal(429, "too many failed attempts", retry=60)
@@ -163,6 +176,7 @@ class App:
     async def handle(self, request: web.BaseRequest, front: Front) -> web.StreamResponse:
         """Answer one request."""
         what = "other"
+        response: web.StreamResponse
         try:
             method, path = request.method, request.path
             if path == "/v1/batches":
@@ -199,7 +213,7 @@ class App:
 
     async def _take(
         self, request: web.BaseRequest, front: Front, upstream: tuple[str, str] | None
-    ) -> web.Response:
+    ) -> web.StreamResponse:
         store = self.store
         if self.stopping or store is None:
             raise Refusal(503, "stopping", retry=_RETRY_SECONDS)
@@ -213,7 +227,7 @@ class App:
             body = await self._read(request, held)
             self.metrics.received_bytes.inc(len(body))
             payload = await self._check(client, body, encoding, upstream, held)
-            return await self._store(store, client, payload)
+            return await self._store(request, store, client, payload)
         finally:
             self._in_flight -= held[0]
 
@@ -229,19 +243,26 @@ class App:
         try:
             if encoding == "zstd":
                 body = await self._decompress(body, held)
-            quota_of = _quota_name(client)
+            quota_of = _quota_name(client.cluster, client.node or client.name)
             # A client that is known as a node pays for what it sends before anybody looks at
             # it. Clients that share one name are told apart by what they claim, after that.
             if client.node is not None:
                 self._allow("bytes", self.daily.bytes_left(quota_of, len(body)))
-            payload = self._upstream(client, body, upstream) if upstream else _batch(client, body)
+            if upstream:
+                payload = self._upstream(client, body, upstream)
+            else:
+                payload = self._batch(client, body)
+        except DeniedError as denied:
+            self.denied(str(denied.status), f"{client.method} {client.name}", denied.reason)
+            text = "a node can only write as itself, in its own cluster"
+            raise Refusal(denied.status, text) from denied
         except Refusal as refusal:
             if refusal.aside:
                 self.metrics.invalid.inc()
                 self._set_aside(client, "invalid", body, refusal.reason)
             raise
         if client.node is None:
-            quota_of = _quota_name(client._replace(node=payload.node, cluster=payload.cluster))
+            quota_of = _quota_name(payload.cluster, payload.node or client.name)
             self._allow("bytes", self.daily.bytes_left(quota_of, len(body)))
         self._allow("writers", self.daily.writer_left(quota_of, payload.tag.key))
         return payload
@@ -251,7 +272,9 @@ class App:
             self.metrics.limited.labels(what).inc()
             raise Refusal(429, f"more {what} than one node may have in a day", retry=3600)
 
-    async def _store(self, store: Store, client: Client, payload: Payload) -> web.Response:
+    async def _store(
+        self, request: web.BaseRequest, store: Store, client: Client, payload: Payload
+    ) -> web.StreamResponse:
         flags = Flag.VOUCHED if payload.vouched else 0
         item = Item(payload.kind, payload.data, flags, time.time_ns())
         try:
@@ -268,15 +291,31 @@ class App:
             raise Refusal(409, reason)
         if verdict is Verdict.DUPLICATE:
             self.metrics.duplicates.inc()
-            return _answer(200, b'{"status":"duplicate"}\n')
+            return _acknowledge(request, b'{"status":"duplicate"}\n')
         self.metrics.stored.inc()
         if not payload.vouched:
             self.metrics.unvouched.inc()
-        return _answer(200, b'{"status":"stored"}\n')
+        return _acknowledge(request, b'{"status":"stored"}\n')
+
+    def _batch(self, client: Client, body: bytes) -> Payload:
+        """Check a batch in full, records included. Raises Refusal or DeniedError."""
+        most = self._limits.records
+        try:
+            if len(body) > most * _RECORD_BYTES and (count := wire.outline(body).records) > most:
+                raise Refusal(413, f"{count} records: {most} are taken")
+            header = wire.check(body)
+        except wire.WireError as error:
+            raise Refusal(400, f"{error!s:.300}", aside=True) from error
+        claims = header.claims
+        vouched = _check_claims(client, claims.cluster, claims.node)
+        tag = fmt.batch_tag(header, body)
+        return Payload(Kind.COUNTERS, body, tag, claims.cluster, claims.node, vouched)
 
     def _upstream(self, client: Client, body: bytes, path: tuple[str, str]) -> Payload:
-        """Check upstream's JSON of one job on one node. Raises Refusal."""
+        """Check upstream's JSON of one job on one node. Raises Refusal or DeniedError."""
         job, name = path
+        if sum(map(body.count, (b",", b"[", b"{"))) > _JSON_PARTS:
+            raise Refusal(413, f"more than {_JSON_PARTS} values in it")
         try:
             core = _json.decode(body).core
             _any_json.decode(body)
@@ -304,25 +343,26 @@ class App:
     async def _read(self, request: web.BaseRequest, held: list[int]) -> bytes:
         content = request.content
         if content.is_eof():
-            body = content.read_nowait()
-            self._hold(held, len(body))
-            return body
-        if "100-continue" in request.headers.get("Expect", "").lower():
+            whole = content.read_nowait()
+            self._hold(held, len(whole))
+            return whole
+        if "100-continue" in request.headers.get(hdrs.EXPECT, "").lower():
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
-        parts: list[bytes] = []
+        # In one piece: a body that comes a byte at a time takes no more room than another.
+        body = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 while part := await content.readany():
                     self._hold(held, len(part))
                     if held[0] > self._limits.body_bytes:
                         raise Refusal(413, f"more than {self._limits.body_bytes} bytes")
-                    parts.append(part)
+                    body += part
         except TimeoutError as error:
             raise Refusal(408, f"no body within {self._limits.body_seconds} s") from error
         except ClientError as error:
             raise Refusal(400, f"the body cannot be read: {type(error).__name__}") from error
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return bytes(body)
 
     async def _decompress(self, body: bytes, held: list[int]) -> bytes:
         limit = self._limits.batch_bytes
@@ -350,9 +390,8 @@ class App:
 
     def _set_aside(self, client: Client, kind: str, data: bytes, reason: str) -> None:
         facts = {"client": client.name, "method": client.method, "reason": reason}
-        if not self.daily.aside_left(_quota_name(client), len(data)) or not self.aside.put(
-            kind, data, facts
-        ):
+        quota_of = _quota_name(client.cluster, client.node or client.name)
+        if not self.daily.aside_left(quota_of, len(data)) or not self.aside.put(kind, data, facts):
             self.metrics.aside_dropped.inc()
 
     # -- about itself ------------------------------------------------------------------
@@ -410,24 +449,30 @@ class Front(web.Server):
         )
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
-        """Take a connection, or close it if there are too many."""
+        """Take a connection; if there are too many, a stranger's is closed for it."""
         super().connection_made(handler, transport)
         self._since[handler] = time.monotonic()
         self._transports[handler] = transport
-        self._budget.open += 1
         if transport.get_extra_info("sslcontext") is not self.context:
             transport.abort()  # shook hands by certificates that were replaced meanwhile
-        if self._budget.open > self._app.config.limits.connections:
+        if not self._budget.opened(handler, transport):
             self._app.metrics.limited.labels("connections").inc()
-            transport.abort()
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
         """Forget a connection."""
         if self._transports.pop(handler, None) is not None:
-            self._budget.open -= 1
+            self._budget.closed(handler)
         self._since.pop(handler, None)
         self._retiring.discard(handler)
         super().connection_lost(handler, exc)
+
+    def admitted(self, request: web.BaseRequest) -> None:
+        """Note that the other side of a connection is known."""
+        self._budget.admitted(request.protocol)
+
+    def refused(self, reason: str) -> None:
+        """Note a client whose certificate was not accepted; TLS does not tell its address."""
+        self._app.denied("tls", f"a client's certificate at {self.listener.address}", reason)
 
     def sweep(self) -> None:
         """End connections that have been idle, or sending headers, for too long."""
@@ -474,10 +519,34 @@ class Front(web.Server):
 
 
 class Budget:
-    """Connections open on all listeners together."""
+    """Connections open on all listeners together, and how many there may be.
 
-    def __init__(self) -> None:
+    Beyond that the oldest goes of those on which nobody has been let in yet: strangers who
+    hold as many as they can shut out nobody who has a credential.
+    """
+
+    def __init__(self, most: int) -> None:
         self.open = 0
+        self.most = most
+        self._strangers: dict[RequestHandler, asyncio.Transport] = {}
+
+    def opened(self, handler: RequestHandler, transport: asyncio.Transport) -> bool:
+        """Count a connection; False if one had to be closed, maybe this one."""
+        self.open += 1
+        self._strangers[handler] = transport
+        if self.open <= self.most:
+            return True
+        self._strangers.pop(next(iter(self._strangers))).abort()
+        return False
+
+    def admitted(self, handler: RequestHandler) -> None:
+        """Its client is known."""
+        self._strangers.pop(handler, None)
+
+    def closed(self, handler: RequestHandler) -> None:
+        """Forget a connection."""
+        self.open -= 1
+        self._strangers.pop(handler, None)
 
 
 def _wants(method: str, wanted: str) -> None:
@@ -488,48 +557,73 @@ def _wants(method: str, wanted: str) -> None:
 def _check_headers(request: web.BaseRequest, upstream: tuple[str, str] | None) -> str:
     headers: Mapping[str, str] = request.headers
     if upstream is None:
-        kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        kind = headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
         if kind != "application/msgpack":
             raise Refusal(415, "Content-Type has to be application/msgpack")
-    encoding = headers.get("Content-Encoding", "identity").strip().lower()
+    encoding = headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
     if encoding not in ("identity", "zstd"):
         raise Refusal(415, "Content-Encoding has to be zstd or none")
     return encoding
 
 
-def _batch(client: Client, body: bytes) -> Payload:
-    """Check a batch in full, records included. Raises Refusal."""
-    try:
-        header = wire.check(body)
-    except wire.WireError as error:
-        raise Refusal(400, f"{error!s:.300}", aside=True) from error
-    claims = header.claims
-    vouched = _check_claims(client, claims.cluster, claims.node)
-    return Payload(
-        Kind.COUNTERS, body, fmt.batch_tag(header, body), claims.cluster, claims.node, vouched
-    )
-
-
 def _check_claims(client: Client, cluster: str | None, node: str | None) -> bool:
-    """Whether the client is the node it writes as. Raises Refusal for anyone else's node."""
+    """Whether the client is the node it writes as. Raises DeniedError for anyone else's node."""
     for name, value in (("node", node), ("cluster", cluster)):
         if value is not None and PLAIN_NAME.fullmatch(value) is None:
             raise Refusal(400, f"{name}: only letters, digits, '.', '_', '-'", aside=True)
     if client.node is None:
         return False
     if client.node != node:
-        log.warning(
-            "%s may write as node %s, not as %s",
-            short_name(client.name), short_name(client.node), short_name(str(node)),
-        )  # fmt: skip
-        raise Refusal(403, "a node can only write as itself")
+        mine, other = short_name(client.node), short_name(str(node))
+        raise DeniedError(403, f"may write as node {mine}, not as {other}")
     if client.cluster is not None and client.cluster != cluster:
-        raise Refusal(403, "a node can only write as a node of its own cluster")
+        mine, other = short_name(client.cluster), short_name(str(cluster))
+        raise DeniedError(403, f"may write as a node of cluster {mine}, not of {other}")
     return True
 
 
-def _quota_name(client: Client) -> str:
-    return f"{client.cluster or ''}/{client.node or client.name}"
+def _quota_name(cluster: str | None, node: str) -> str:
+    return f"{cluster or ''}/{node}"
+
+
+class _Ready(web.StreamResponse):
+    """The answer that nearly every request gets: sent as it is, in one piece.
+
+    aiohttp takes as long to put an answer together as to read a request.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__()
+        self._text = body
+        self._to: web.BaseRequest | None = None
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the connection goes on; it does unless `force_close` was called."""
+        return super().keep_alive is not False
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Take the request that is answered."""
+        self._to = request
+
+    async def write_eof(self, data: bytes = b"") -> None:  # noqa: ARG002
+        """Send it."""
+        request = self._to
+        transport = request.transport if request is not None else None
+        if request is None or transport is None or transport.is_closing():
+            raise ConnectionResetError("closed meanwhile")
+        transport.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n%b\r\n%b"
+            % (len(self._text), b"" if self.keep_alive else b"Connection: close\r\n", self._text)
+        )
+        await request.writer.drain()
+
+
+def _acknowledge(request: web.BaseRequest, body: bytes) -> web.StreamResponse:
+    if request.keep_alive and request.version == HttpVersion11:
+        return _Ready(body)
+    return _answer(200, body)
 
 
 def _answer(status: int, body: bytes) -> web.Response:

@@ -86,6 +86,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     body_bytes: Positive = 32 << 20
     batch_bytes: Annotated[int, Meta(ge=1, le=wire.MAX_BYTES)] = 32 << 20
+    records: Annotated[int, Meta(ge=1, le=wire.MAX_RECORDS)] = 250_000
     in_flight_bytes: Positive = 256 << 20
     body_seconds: Positive = 60
     idle_seconds: Positive = 75
@@ -150,11 +151,21 @@ def load(path: Path) -> Receiver:
     section = settings.load(path, Site).receiver
     if section is None:
         raise UsageError(f"{path}: there is no section 'receiver'; it needs archive and listen")
+    if not section.archive.is_absolute():
+        raise UsageError(f"{path}: receiver.archive: {section.archive}: has to start with a slash")
+    _check_cluster(f"{path}: receiver.cluster", section.cluster)
     for at, listener in enumerate(section.listen):
         _check_listener(f"{path}: receiver.listen[{at}]", listener, section)
     for at, rule in enumerate(section.names):
         _check_rule(f"{path}: receiver.names[{at}].match", rule)
+        _check_cluster(f"{path}: receiver.names[{at}].cluster", rule.cluster)
     return section
+
+
+def _check_cluster(where: str, name: str | None) -> None:
+    """With another name every batch would be refused."""
+    if name is not None and settings.PLAIN_NAME.fullmatch(name) is None:
+        raise UsageError(f"{where}: {name!r}: only letters, digits, '.', '_', '-'")
 
 
 def _check_listener(where: str, listener: Listener, section: Receiver) -> None:

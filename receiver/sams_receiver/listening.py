@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -33,7 +33,7 @@ class Listening:
     def __init__(self, front: Front) -> None:
         tls = front.listener.tls
         self._front = front
-        front.context = None if tls is None else tls_context(tls)
+        front.context = None if tls is None else tls_context(tls, front.refused)
         self._servers: list[asyncio.Server] = []
 
     async def start(self) -> None:
@@ -76,7 +76,9 @@ class Listening:
         if listener.tls is None and secret_file is None:
             return True
         try:
-            context = None if listener.tls is None else tls_context(listener.tls)
+            context = None
+            if listener.tls is not None:
+                context = tls_context(listener.tls, self._front.refused)
             if secret_file is not None:
                 self._front.proxy_secret = read_proxy_secret(secret_file)
         except UsageError as error:
@@ -129,17 +131,21 @@ def _socket_mode(path: Path, mode: int) -> Iterator[None]:
         os.umask(before)
 
 
-def tls_context(tls: Tls) -> ssl.SSLContext:
+def tls_context(tls: Tls, refused: Callable[[str], None] | None = None) -> ssl.SSLContext:
     """TLS 1.2 or later; with client_ca a certificate is asked for, and verified if given.
 
     Raises UsageError. A client without certificate may still come with a token or a
-    password; one with a wrong or expired certificate does not get through the handshake.
+    password; one with a wrong or expired certificate does not get through the handshake,
+    and `refused` is called with the reason.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if refused is not None:
+        context.sslobject_class = _telling(refused)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     check_secret(tls.key)
     try:
-        context.load_cert_chain(tls.certificate, tls.key)
+        # An empty passphrase: nobody is there to be asked for one.
+        context.load_cert_chain(tls.certificate, tls.key, password="")
     except (OSError, ssl.SSLError) as error:
         raise UsageError(f"{tls.certificate}, {tls.key}: cannot be used: {error}") from error
     for path in (tls.client_ca, tls.crl):
@@ -153,3 +159,33 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
     if tls.crl is not None:
         context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
     return context
+
+
+def _telling(refused: Callable[[str], None]) -> type[ssl.SSLObject]:
+    """A connection's TLS that says to both sides why a certificate is not accepted.
+
+    asyncio ends such a connection without a word, and drops the alert by which TLS tells the
+    client. "Wants to read" makes it send the alert and wait for the client to go, which it
+    does, or has to within the time that a handshake may take.
+    """
+
+    class Telling(ssl.SSLObject):
+        _error: ssl.SSLCertVerificationError | None = None
+        # What the client had on its way by then is read, or the reset would overtake the alert.
+        _reads = 16
+
+        def do_handshake(self) -> None:
+            if self._error is None:
+                try:
+                    super().do_handshake()
+                except ssl.SSLCertVerificationError as error:
+                    self._error = error
+                    refused(error.verify_message)
+                else:
+                    return
+            self._reads -= 1
+            if not self._reads:
+                raise self._error
+            raise ssl.SSLWantReadError
+
+    return Telling

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 import uvloop
 
 from sams_ebpf import durable
+from sams_ebpf.errors import UsageError
 from sams_ebpf.program import notify
 from sams_receiver import auth, config
 from sams_receiver.app import App, Budget, Front
@@ -30,6 +33,11 @@ _DAY_NS = 86_400 * 10**9
 _SWEEP_SECONDS = 5.0
 _SAVE_SECONDS = 60.0
 QUOTAS = "quotas.json"
+# Open files beside the connections: of the program, and of a partition (segments, database).
+_OWN_FILES = 64
+_PARTITION_FILES = 8
+# Objects made since the last collection; a batch of 23 records makes some 70.
+_COLLECT_AFTER = 20_000
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -51,6 +59,12 @@ def check_command(arguments: argparse.Namespace) -> int:
             tls_context(listener.tls)
         if listener.proxy is not None and listener.proxy.secret_file is not None:
             auth.read_proxy_secret(listener.proxy.secret_file)
+    archive = settings.archive
+    if not archive.parent.is_dir() or (archive.exists() and not archive.is_dir()):
+        raise UsageError(
+            f"{arguments.config}: receiver.archive: {archive}: has to be a folder, or its parent"
+            " one: is the disk mounted?"
+        )
     print(f"{arguments.config}: good")
     return 0
 
@@ -69,7 +83,7 @@ async def serve(settings: Receiver) -> None:
         loop.add_signal_handler(number, stop.set)
     metrics = Metrics()
     app = App(settings, metrics)
-    budget = Budget()
+    budget = Budget(settings.limits.connections)
     fronts = [Front(app, listener, budget=budget) for listener in settings.listen]
     listening = [Listening(front) for front in fronts]
     appender = Appender.open(
@@ -81,6 +95,7 @@ async def serve(settings: Receiver) -> None:
     partitions = appender.archive.manifest.partitions
     if partitions != settings.partitions:
         log.info("%s: has %d partitions, which is fixed", settings.archive, partitions)
+    budget.most = _connections(settings.limits.connections, partitions)
     store = Store(
         appender,
         window_ns=settings.duplicates_days * _DAY_NS,
@@ -97,6 +112,7 @@ async def serve(settings: Receiver) -> None:
     try:
         for one in listening:
             await one.start()
+        _collect_seldom()
         notify("READY=1")
         tasks = [
             asyncio.create_task(_sweep(fronts, budget, metrics)),
@@ -119,6 +135,31 @@ async def serve(settings: Receiver) -> None:
             one.remove()
     if fatal:
         raise fatal[0]
+
+
+def _connections(wanted: int, partitions: int) -> int:
+    """How many connections there can be, with the limit of open files raised as far as it goes."""
+    own = _OWN_FILES + _PARTITION_FILES * partitions
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    infinite = resource.RLIM_INFINITY
+    if soft != infinite and soft < wanted + own:
+        soft = wanted + own if hard == infinite else min(wanted + own, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == infinite or soft >= wanted + own:
+        return wanted
+    most = max(1, soft - own)
+    log.warning(
+        "limits.connections: %d need %d open files, %d are allowed (LimitNOFILE=):"
+        " %d connections are taken", wanted, wanted + own, soft, most
+    )  # fmt: skip
+    return most
+
+
+def _collect_seldom() -> None:
+    """A fifth of the time would go into looking for cycles where there are hardly any."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER)
 
 
 async def _finish(fronts: list[Front], seconds: float) -> None:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 GROUP_BYTES: Final = 32 << 20
 _BUSY: Final = 4
-_GATHER_SECONDS: Final = 0.002
+_GATHER_SECONDS: Final = 0.005
 _TICK_SECONDS: Final = 5.0
 _SEAL_RETRY_SECONDS: Final = 60.0
 

@@ -505,3 +505,35 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "--config" in capsys.readouterr().out
     assert callable(__main__.main)
     assert wire.VERSION == 1
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_coverage_shows_what_rests_on_trust(site: Site, sealed: bool) -> None:
+    """A site that lets nodes write as any: who proved what it is is told by each frame."""
+    chance = random.Random(2)
+    n1, n2, n3 = (
+        synthetic.epoch(chance, synthetic.claims(ROW, node), BEGIN,
+                        synthetic.harvests(BEGIN, BEGIN + 1800), paths=PATHS)
+        for node in ("n1", "n2", "n3")
+    )  # fmt: skip
+    with Appender.open(site.archive, partitions=1) as appender:
+        # Of the third node the last batches count, and those were vouched for.
+        for one, first, then in ((n1, 1, 1), (n2, 0, 0), (n3, 0, 1)):
+            encoded = one.encoded()
+            half = len(encoded) // 2
+            flags = [first] * half + [then] * (len(encoded) - half)
+            items = zip(encoded, flags, strict=True)
+            appender.append([Item(Kind.COUNTERS, data, flag) for data, flag in items])
+        if sealed:
+            appender.seal(everything=True)
+    rows = site.folder / "rows"
+    rows.write_bytes(synthetic.output([ROW]))
+    assert site("ingest", "--archive", str(site.archive), "--sacct", str(rows))[0] == 0
+    said = json.loads(site("report", "--coverage", "--json")[1])["rows"]
+    found = {row["what"]: row["value"] for row in said}
+    assert found["epochs (job on a node)"] == 3
+    assert found["epochs whose sender did not prove to be the node"] == 1
+    ledgers = [one.last.ledger for one in (n1, n2, n3)]
+    cpu = [ledger.attributed_cpu_ns for ledger in ledgers if ledger is not None]
+    share = float(found["share of CPU-hours that rests on trust, %"])
+    assert share == pytest.approx(100 * cpu[1] / sum(cpu), abs=0.001)

@@ -193,12 +193,13 @@ def test_without_its_directory_a_segment_is_read_by_frames(copy: Path, tmp_path:
 def test_a_damaged_block_is_found_and_told(copy: Path, tmp_path: Path) -> None:
     """A flipped bit that zstd would pass on costs the frames it reaches, and is told."""
     (before,) = sources.segments(copy)
-    (block, *_) = Archive.open(copy).segments()[0].index().blocks
+    (_, block, *_) = Archive.open(copy).segments()[0].index().blocks
+    end = block.offset + block.length
 
     def damage(data: bytearray) -> None:
-        for at in range(block.length // 2, block.length):
+        for at in range(block.offset + block.length // 2, end):
             data[at] ^= 4
-            packed = bytes(data[: block.length])
+            packed = bytes(data[block.offset : end])
             with pytest.raises(fmt.FormatError):
                 fmt.decompress(packed, block.raw_length)
             if len(fmt.salvage(packed, block.raw_length)[0]) == block.raw_length:

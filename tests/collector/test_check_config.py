@@ -49,7 +49,7 @@ def test_absent_files_are_named_each(config: Path, token: Path) -> None:
     config.write_text(text)
     ran = run(config)
     assert ran.returncode == 2
-    assert [name in ran.stderr for name in ("/no/ca: does not exist", str(token))] == [True, True]
+    assert [name in ran.stderr for name in ("/no/ca: cannot be read", str(token))] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,8 @@ def test_no_file_means_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("ship: {receivers: {a: {url: 'https://h', required: false}}}", "at least one"),
         ("ship: {receivers: {a: {url: 'https://h', client_key: /k}}}", "go together"),
         ("ship: {receivers: {a: {url: 'https://h', token_file: /t, basic_file: /b}}}", "exclude"),
+        ("site: {cluster: my cluster}", "site: cluster: 'my cluster': only letters"),
+        ("site: {node: ../n1}", "site: node: '../n1': only letters"),
         ("site: [1", "not valid YAML"),
     ],
 )

@@ -45,7 +45,8 @@ def check(job: Job, case: Case, setup: SetUp, note: Note = lambda *_: None) -> N
     note("unexplained_ns", unexplained_ns(ledger))
     note("moves", int(case.moves))
     assert ledger.attributed_cpu_ns == result.total("cpu_ns"), "attributed is the sum of the rows"
-    assert abs(unexplained_ns(ledger)) <= bound_ns(result, setup, case), ledger
+    off, bound = unexplained_ns(ledger), bound_ns(result, setup, case)
+    assert abs(off) <= bound, f"{off} ns of {ledger.cgroup_cpu_ns}, {bound} allowed: {ledger}"
     assert None not in (processes.forks, processes.exits, processes.live)
     into = (processes.forks or 0) + (processes.adopted or 0) + (processes.moved_in or 0)
     out = (processes.exits or 0) + (processes.live or 0) + (processes.moved_out or 0)
@@ -209,6 +210,39 @@ def test_a_path_that_changes_is_told_anew(make_job: MakeJob, tmp_path: Path) -> 
     job.run(str(last), "1000")
     execs = {record.path: record.execs for record in job.finish().final.records}
     assert [execs[os.fsencode(path)] for path in paths] == [2, 2, 3]
+
+
+@pytest.mark.parametrize("hierarchy", HIERARCHIES)
+def test_the_end_is_the_end_of_the_last_process(make_job: MakeJob, hierarchy: Hierarchy) -> None:
+    """Told to end while the last process gives back its memory: that is counted, too."""
+    job = make_job(hierarchy, options=Options(setup="exact"))
+    process = job.launch("/usr/bin/python3", "-S", "-c", TOUCH, str(times(1000)))
+    until(lambda: exiting(process.pid), "the exit")
+    result = job.finish()
+    ran_on = process.poll() is None
+    job.ended(process)
+    job.group.wait_empty()
+    assert not ran_on, "the collector ended before the last process did"
+    ledger = result.ledger
+    assert ledger.cgroup_cpu_ns is not None
+    assert abs(ledger.cgroup_cpu_ns - job.group.cpu_ns()) <= 1_000
+    assert abs(unexplained_ns(ledger)) <= 2_000, ledger
+
+
+TOUCH = """
+import mmap, os, sys
+memory = mmap.mmap(-1, int(sys.argv[1]) << 20)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+for at in range(0, len(memory), 4096):
+    memory[at] = 1
+os._exit(0)
+"""
+
+
+def exiting(pid: int) -> bool:
+    """Whether a process, not reaped yet, has begun to exit (PF_EXITING in proc(5)'s flags)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return bool(int(fields[6]) & 0x4)
 
 
 @pytest.mark.parametrize("setup", SETUPS)

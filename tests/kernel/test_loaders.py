@@ -1,5 +1,8 @@
 """Both loaders on one job, at the same time: what one counts, the other counts.
 
+A second collector of one cgroup would go on with the first one's counters. So one has the
+job's cgroup, the other the only one in it, where everything runs.
+
 Only where the kernel has BTF and headers: not on every machine that runs the other kernel
 tests, so a skip is no failure. `make test-vm` runs it on several kernels.
 """
@@ -62,13 +65,14 @@ def test_the_same_job_under_both_loaders(
     load("libbpf", tmp_path)
     folder = job.folder / "libbpf"
     folder.mkdir()
-    second = Collector(job.group.path, folder, SECOND, Options(loader="libbpf"))
+    inner = job.group.child("inner")
+    second = Collector(inner.path, folder, SECOND, Options(loader="libbpf"))
     try:
-        job.run(job.programs["burn"], "3000000")
-        job.run(job.programs["storm.sh"], str(times(2000)))
-        job.run(job.programs["forks"], "20", "20000")
-        job.run(job.programs["chain"], str(times(500)), "2000")
-        job.run(job.programs["leader_first"], "8", "20000")
+        job.run(job.programs["burn"], "3000000", into=inner)
+        job.run(job.programs["storm.sh"], str(times(2000)), into=inner)
+        job.run(job.programs["forks"], "20", "20000", into=inner)
+        job.run(job.programs["chain"], str(times(500)), "2000", into=inner)
+        job.run(job.programs["leader_first"], "8", "20000", into=inner)
         job.group.wait_empty()
         two = job.finish()
         second.end()
@@ -76,7 +80,7 @@ def test_the_same_job_under_both_loaders(
     finally:
         if second.process.poll() is None:
             second.kill()
-            forget(job.group.path.name)
+            forget(inner.path.name)
         sams("unload")
     for name, result in (("libbpf", one), ("bcc", two)):
         record_property(f"{name}_cpu_ns", result.ledger.attributed_cpu_ns)

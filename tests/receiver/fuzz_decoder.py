@@ -23,6 +23,10 @@ def one(data: bytes) -> None:
         assert "\n" not in str(error)
     else:
         assert fmt.tag_of(fmt.Kind.COUNTERS, data) == fmt.batch_tag(header, data)
+        # What is looked at before, and what a reader of the archive takes, agree with it.
+        found = wire.outline(data)
+        assert found.header.identity == header.identity
+        assert found.records == len(wire.decode_rows(data))
         # Unknown keys are skipped over by a check and read here: they may be text in name only.
         with contextlib.suppress(wire.WireError):
             wire.to_plain(data)

@@ -18,6 +18,7 @@ import pki
 import pytest
 import receiving
 import requests
+import shipping
 from receiving import Receiver, private
 
 from sams_ebpf import wire
@@ -177,6 +178,20 @@ def test_guessed_passwords_are_not_even_looked_at_after_a_while(tmp_path: Path) 
         assert send(receiver.url, sequence=1, auth=("n1", PASSWORD)) == 200
 
 
+def test_a_node_that_writes_as_another_is_counted_and_does_not_fill_the_log(
+    tmp_path: Path,
+) -> None:
+    tokens = receiving.tokens(tmp_path / "t", {"n1": "a" * 40})
+    limits = {"failures_per_minute": 3}
+    with Receiver(tmp_path, tokens_file=str(tokens), limits=limits).start() as receiver:
+        mine = {"headers": {"Authorization": "Bearer " + "a" * 40}}
+        assert [send(receiver.url, node="n2", **mine) for _ in range(9)] == [403] * 9
+        assert receiver.log.read_text().count("n1 denied: may write as node n1, not as n2") == 3
+        assert receiving.metric(receiver.url, "denied_total") == 9
+        # It is told from others by its name: neither it nor anybody else is shut out.
+        assert send(receiver.url, node="n1", **mine) == 200
+
+
 def test_a_client_that_asks_too_often_is_told_to_wait(tmp_path: Path) -> None:
     limits = {"requests_per_second": 1, "burst": 3}
     with Receiver(tmp_path, limits=limits).start() as receiver:
@@ -309,6 +324,37 @@ def test_who_speaks_is_settled_before_the_body(tmp_path: Path) -> None:
                 if first == b"100":
                     sock.sendall(body)
                     assert sock.recv(1000).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_every_kind_of_client_gets_its_answer_in_its_own_way(tmp_path: Path) -> None:
+    """Most answers are sent ready-made; who leaves, or speaks 1.0, is told so."""
+    with Receiver(tmp_path).start() as receiver:
+
+        def request(version: str, *lines: str, sequence: int = 0) -> bytes:
+            body = batches.encoded(sequence=sequence)
+            head = f"POST /v1/batches HTTP/{version}\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            head += "".join(f"{name}: {value}\r\n" for name, value in receiving.HEADERS.items())
+            return (
+                head.encode() + "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n" + body
+            )
+
+        def answers(requests: bytes) -> list[bytes]:
+            with socket.create_connection(("127.0.0.1", receiver.ports[0]), timeout=10) as sock:
+                sock.sendall(requests)
+                answer = b""
+                while piece := sock.recv(4096):
+                    answer += piece
+            return answer.split(b"HTTP/")[1:]
+
+        (old,) = answers(request("1.0", sequence=1))
+        assert old.startswith(b"1.0 200 OK\r\n")
+        assert old.endswith(b'\r\n\r\n{"status":"stored"}\n')
+        stays = request("1.1") * 3
+        first, *again, last = answers(stays + request("1.1", "Connection: close"))
+        text = b"1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b\n"
+        assert first == text % (20, b'{"status":"stored"}')
+        assert again == [text % (23, b'{"status":"duplicate"}')] * 2
+        assert b"\r\nConnection: close\r\n" in last
 
 
 # -- TLS, without anything in front ----------------------------------------------------
@@ -458,6 +504,16 @@ def test_mutual_tls_without_a_proxy(tls: Receiver, certs: Pki) -> None:
     assert send(url, cert=certs.n2, headers=forged, **trusted) == 403
     assert requests.get(f"{url}/metrics", timeout=10, verify=str(certs.ca)).status_code == 200
     assert nodes_stored(tls) == []
+    # Both sides are told why.
+    said = [line for line in tls.lines() if "a client's certificate at " in line]
+    for reason in ("certificate has expired", "local issuer certificate", "certificate revoked"):
+        assert len([line for line in said if reason in line]) == 1, said
+    shown = requests.get(f"{url}/metrics", timeout=10, verify=str(certs.ca)).text
+    assert 'sams_receiver_denied_total{status="tls"} 3.0' in shown
+    assert 'sams_receiver_denied_total{status="403"} 3.0' in shown
+    for wrong, reason in ((certs.expired, "EXPIRED"), (certs.stranger, "UNKNOWN_CA")):
+        with pytest.raises(requests.exceptions.SSLError, match=reason):
+            requests.get(f"{url}/healthz", cert=wrong, timeout=10, **trusted)
     assert send(url, node="n1", cert=certs.n1, **trusted) == 200
     assert send(url, node="n2", cert=certs.n2, **trusted) == 200
     assert sorted(nodes_stored(tls)) == [("n1", True), ("n2", True)]
@@ -630,6 +686,30 @@ def test_behind_real_nginx(behind: Receiver, start_nginx: StartNginx, certs: Pki
         f"{by_cert}/v1/batches", body, headers=MSGPACK, cert=certs.n1, timeout=30, **trusted
     )
     assert answer.status_code == 413
+
+
+@pytest.mark.system
+def test_a_certificate_that_nginx_refuses_costs_no_batch(
+    tmp_path: Path, behind: Receiver, start_nginx: StartNginx, certs: Pki
+) -> None:
+    """It answers 400, which a receiver says of a batch that is none."""
+    nginx = start_nginx()
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    for pair in (certs.expired, certs.stranger, None, certs.n1):
+        target: dict[str, Any] = {"url": nginx.url(0), "ca_file": str(certs.ca)}
+        if pair is not None:
+            target |= {"client_certificate": pair[0], "client_key": pair[1]}
+        config = shipping.configure(tmp_path / "node.yaml", folder, {"main": target})
+        if pair is not certs.n1:
+            sent = shipping.fill(folder, 3)
+            ran = shipping.once(config)
+            assert ran.returncode == 4
+            assert "SSL certificate" in ran.stderr
+            assert len(shipping.waiting(folder)) == 3
+            assert list((folder / "rejected").iterdir()) == []
+    assert shipping.once(config).returncode == 0
+    assert sorted(receiving.stored(behind.archive)) == sorted(sent)
 
 
 @pytest.mark.system

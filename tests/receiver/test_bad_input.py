@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import random
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,11 +38,14 @@ def _fuzz(folder: Path, bodies: int, connections: int) -> None:
         "burst": 100_000,
         "failures_per_minute": 10**6,
         "batch_bytes": 8 << 20,
+        "body_seconds": 2,
     }
     quotas = {"aside_bytes_per_day": 3 << 20}
     with Receiver(folder, limits=limits, quotas=quotas).start() as receiver:
         load = Load(receiver.url, clients=3, seed=10**6)
         peak = [0]
+        answered = [0]
+        slow = Slow(receiver.ports[0])
         seen: dict[str, set[int]] = {}
 
         async def one(session: aiohttp.ClientSession, seed: int) -> None:
@@ -53,6 +58,7 @@ def _fuzz(folder: Path, bodies: int, connections: int) -> None:
                     aiohttp.client.URL(url, encoded=True), data=made.body, headers=headers
                 ) as answer:
                     seen.setdefault(made.what, set()).add(answer.status)
+                    answered[0] += 1
                     assert answer.status < 500, (seed, made.what, await answer.text())
 
         async def worker(session: aiohttp.ClientSession, seeds: list[int]) -> None:
@@ -72,12 +78,15 @@ def _fuzz(folder: Path, bodies: int, connections: int) -> None:
                     group.create_task(worker(session, seeds))
                 group.create_task(asyncio.to_thread(_raw, receiver, connections))
             load.stop()
+            await asyncio.to_thread(slow.stop)
             await sending
 
         asyncio.run(main())
         peak[0] = max(peak[0], receiver.rss())
         assert set(seen) == {what for what, _ in hostile._KINDS}
+        assert answered[0] > 0.95 * bodies
         assert 413 in seen["bomb"]
+        assert slow.cut > 0
         assert load.statuses.keys() == {200}
         assert len(load.acknowledged) > 20
         assert receiving.get(receiver.url, "/healthz")[0] == 200
@@ -95,8 +104,9 @@ def _fuzz(folder: Path, bodies: int, connections: int) -> None:
         aside = sum(path.stat().st_size for path in (receiver.archive / "aside").iterdir())
         assert 0 < aside < 4 << 20
         print(
-            f"{bodies} bodies, {connections} raw connections, {len(load.acknowledged)} valid"
-            f" batches beside them, peak {peak[0] >> 20} MB, statuses by kind {seen}"
+            f"{answered[0]} of {bodies} bodies answered, {connections} raw connections,"
+            f" {slow.cut} slow bodies cut off, {len(load.acknowledged)} valid batches beside them,"
+            f" peak {peak[0] >> 20} MB, statuses by kind {seen}"
         )
 
 
@@ -123,16 +133,46 @@ def test_ten_thousand_fuzzed_bodies(tmp_path: Path) -> None:
     _fuzz(tmp_path, 12_000, 1_000)
 
 
+SLOW = (
+    b"POST /v1/batches HTTP/1.1\r\nHost: x\r\nContent-Type: application/msgpack\r\n"
+    b"Authorization: Bearer " + TOKEN.encode() + b"\r\nContent-Length: 5000\r\n"
+)
+
+
+class Slow:
+    """Ten clients that never get on with their bodies, and come again when they are cut off."""
+
+    def __init__(self, port: int) -> None:
+        self.cut = 0
+        self._port = port
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        held: list[socket.socket] = []
+        while not self._stopped.wait(0.05):
+            while len(held) < 10:
+                held.append(socket.create_connection(("127.0.0.1", self._port)))
+                held[-1].sendall(SLOW + b"\r\n")
+            for sock in [one for one in held if _drip(one)]:
+                self.cut += 1
+                held.remove(sock)
+                sock.close()
+        for sock in held:
+            sock.close()
+
+
 def test_slow_bodies_and_slow_headers_are_cut_off(tmp_path: Path) -> None:
     limits = {"body_seconds": 1, "idle_seconds": 1, "connections": 60}
     with Receiver(tmp_path, limits=limits).start() as receiver:
-        head = (
-            b"POST /v1/batches HTTP/1.1\r\nHost: x\r\nContent-Type: application/msgpack\r\n"
-            b"Authorization: Bearer " + TOKEN.encode() + b"\r\nContent-Length: 5000\r\n"
-        )
         slow = [socket.create_connection(("127.0.0.1", receiver.ports[0])) for _ in range(40)]
         for at, sock in enumerate(slow):
-            sock.sendall(head if at % 2 else head + b"\r\n")
+            sock.sendall(SLOW if at % 2 else SLOW + b"\r\n")
         ended = [False] * len(slow)
         begin = time.monotonic()
         while not all(ended):
@@ -167,25 +207,92 @@ def _drip(sock: socket.socket) -> bool:
     return True
 
 
-def test_more_connections_than_allowed_are_closed_and_the_rest_served(tmp_path: Path) -> None:
-    limits = {"connections": 20}
-    with Receiver(tmp_path, limits=limits).start() as receiver:
-        held = [socket.create_connection(("127.0.0.1", receiver.ports[0])) for _ in range(19)]
-        over = [socket.create_connection(("127.0.0.1", receiver.ports[0])) for _ in range(30)]
-        for sock in held + over:
-            sock.settimeout(5)
+def test_a_client_that_does_not_read_its_answers_is_cut_off(tmp_path: Path) -> None:
+    with Receiver(tmp_path, limits={"idle_seconds": 1}).start() as receiver:
+        request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 100
+        before = receiver.rss()
+        with socket.create_connection(("127.0.0.1", receiver.ports[0]), timeout=1) as sock:
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    sock.sendall(request)
+            # Nothing goes through any more. What is known by then of its requests is bounded.
+            assert receiver.rss() < before + (32 << 20)
+            sock.settimeout(None)
+            with pytest.raises(ConnectionError):
+                sock.sendall(request * 20_000)
+        assert receiving.get(receiver.url, "/healthz")[0] == 200
+
+
+def test_strangers_with_more_connections_than_allowed_shut_nobody_out(tmp_path: Path) -> None:
+    with Receiver(tmp_path, limits={"connections": 20}).start() as receiver:
+        known = http.client.HTTPConnection("127.0.0.1", receiver.ports[0], timeout=10)
+
+        def post(sequence: int) -> bytes:
+            known.request("POST", "/v1/batches", batches.encoded(sequence=sequence), HEADERS)
+            return known.getresponse().read()
+
+        assert post(0) == b'{"status":"stored"}\n'
+        connection = known.sock
+        strangers = [socket.create_connection(("127.0.0.1", receiver.ports[0])) for _ in range(60)]
+        # Who is in stays in, over the same connection; who has a credential gets in.
+        for sequence in range(1, 10):
+            assert post(sequence) == b'{"status":"stored"}\n'
+            answer = requests.post(
+                f"{receiver.url}/v1/batches", batches.encoded(job=7, sequence=sequence),
+                headers=HEADERS, timeout=10,
+            )  # fmt: skip
+            assert answer.json() == {"status": "stored"}
+        assert known.sock is connection
+        known.close()
+        # The oldest of the strangers had to go, the newest are still there.
         closed = 0
-        for sock in over:
-            try:
-                sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                closed += sock.recv(100) == b""
-            except ConnectionError:
+        for sock in strangers:
+            sock.settimeout(0.1)
+            with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(ConnectionError):
+                    assert sock.recv(1) == b""
                 closed += 1
-        assert 0 < closed <= len(over)
-        held[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert held[0].recv(100).startswith(b"HTTP/1.1 200")
-        for sock in held + over:
             sock.close()
+        assert 40 <= closed < 60
+        assert receiving.metric(receiver.url, "limited_total") >= 40
+
+
+def test_connections_leave_files_for_the_archive(tmp_path: Path) -> None:
+    # 150 files in all, 96 of them for what is not a connection: more clients than that.
+    with Receiver(tmp_path, segments={"frames": 5}) as receiver:
+        receiver.start(prefix=("prlimit", "--nofile=100:150"))
+        (line,) = [line for line in receiver.lines() if "limits.connections" in line]
+        assert "150 are allowed (LimitNOFILE=): 54 connections are taken" in line
+        with requests.Session() as session:
+            session.headers.update(HEADERS)
+            url = f"{receiver.url}/v1/batches"
+            assert session.post(url, batches.encoded(), timeout=10).status_code == 200
+            held = []
+            for _ in range(300):
+                with contextlib.suppress(OSError):
+                    held.append(socket.create_connection(("127.0.0.1", receiver.ports[0]), 5))
+            for sequence in range(1, 40):
+                answer = session.post(url, batches.encoded(sequence=sequence), timeout=10)
+                assert answer.json() == {"status": "stored"}
+            end = time.monotonic() + 60
+            while len(list(receiver.archive.rglob("*.seg"))) < 8:
+                assert time.monotonic() < end, receiver.lines()
+                time.sleep(0.05)
+        for sock in held:
+            sock.close()
+        assert "Too many open files" not in receiver.log.read_text()
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(tmp_path: Path) -> None:
+    with Receiver(tmp_path, limits={"connections": 500}) as receiver:
+        receiver.start(prefix=("prlimit", "--nofile=100:2000"))
+        (line,) = [
+            line
+            for line in Path(f"/proc/{receiver.pid}/limits").read_text().splitlines()
+            if line.startswith("Max open files")
+        ]
+        assert line.split()[3:5] == ["596", "2000"]
+        assert not [line for line in receiver.lines() if "limits.connections" in line]
 
 
 def test_100_000_records_are_taken(tmp_path: Path) -> None:
@@ -197,6 +304,50 @@ def test_100_000_records_are_taken(tmp_path: Path) -> None:
             assert answer.status_code == 200, answer.text
         assert len(receiving.stored(receiver.archive)) == 1
         print(f"{len(body)} bytes, {len(packed)} compressed, {receiver.rss() >> 20} MB resident")
+
+
+def _many(fields: list[str], row: bytes, count: int) -> bytes:
+    """A batch of very many equal records."""
+    head = wire.to_plain(batches.encoded(records=1)) | {"fields": fields, "sums": []}
+    del head["records"]
+    pairs = [msgspec.msgpack.encode(part) for item in head.items() for part in item]
+    records = b"\xa7records\xdd" + count.to_bytes(4, "big") + row * count
+    return b"\xde" + (len(head) + 1).to_bytes(2, "big") + b"".join(pairs) + records
+
+
+def test_a_little_that_becomes_very_much_is_refused_before_it_does(tmp_path: Path) -> None:
+    """Three kilobytes on the wire, thirty million values: neither memory nor time for them."""
+    wide = [*wire.FIELDS, *(f"x{n}" for n in range(64 - len(wire.FIELDS)))]
+    core = b'{"sams.sampler.Core": {"jobid": 1, "node": "n1"}, "x": ['
+    bodies = {
+        "lists": ("/1/x.json", core + b"[]," * 10_000_000 + b"1]}"),
+        "numbers": ("/1/x.json", core + b"999," * 8_000_000 + b"1]}"),
+        "records": ("/v1/batches", _many(list(wire.FIELDS), b"\x94\xc4\0\0\xc0\0", 1_000_000)),
+        "columns": ("/v1/batches", _many(wide, b"\xdc\0\x40\xc4\0\0\xc0" + bytes(61), 480_000)),
+    }
+    with Receiver(tmp_path).start() as receiver:
+        for what, (path, body) in bodies.items():
+            packed = fmt.compress([body])
+            assert len(packed) < 10_000
+            assert 5_000_000 < len(body) < 32 << 20
+            headers = HEADERS | {"Content-Encoding": "zstd"}
+            answer = requests.post(receiver.url + path, packed, headers=headers, timeout=60)
+            assert answer.status_code == 413, (what, answer.text)
+            assert re.search("values in it|records: 250000 are taken", answer.text)
+        assert receiver.peak() < MEMORY
+        print(f"peak {receiver.peak() >> 20} MB")
+
+
+def test_the_bound_on_records_is_exact(tmp_path: Path) -> None:
+    with Receiver(tmp_path, limits={"records": 20}).start() as receiver:
+        statuses = [
+            requests.post(
+                f"{receiver.url}/v1/batches", batches.encoded(records=n, sequence=n),
+                headers=HEADERS, timeout=10,
+            ).status_code
+            for n in (19, 20, 21, 22)
+        ]  # fmt: skip
+        assert statuses == [200, 200, 413, 413]
 
 
 def test_statuses_mean_what_they_say(tmp_path: Path) -> None:
@@ -272,6 +423,7 @@ def _decode(data: bytes) -> None:
         header = wire.check(data)
         tag = fmt.batch_tag(header, data)
         assert fmt.tag_of(fmt.Kind.COUNTERS, data) == tag
+        assert wire.outline(data).records == len(wire.decode_rows(data))
 
 
 _leaf = st.one_of(

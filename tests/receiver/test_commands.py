@@ -96,7 +96,13 @@ def test_check_config(tmp_path: Path) -> None:
     with receiver.start():
         good = command("check-config", "--config", receiver.config)
         assert (good.returncode, good.stdout) == (0, f"{receiver.config}: good\n")
-    receiver.config.write_text(receiver.config.read_text() + "  tokns_file: x\n")
+    text = receiver.config.read_text()
+    for place in (tmp_path / "disk" / "archive", receiver.config):
+        receiver.config.write_text(text.replace(str(receiver.archive), str(place)))
+        bad = command("check-config", "--config", receiver.config)
+        assert bad.returncode == 2
+        assert f"receiver.archive: {place}: has to be a folder" in bad.stderr
+    receiver.config.write_text(text + "  tokns_file: x\n")
     bad = command("check-config", "--config", receiver.config)
     assert bad.returncode == 2
     assert "did you mean 'tokens_file'" in bad.stderr

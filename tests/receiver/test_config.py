@@ -40,6 +40,12 @@ def test_defaults(tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"archiv": "/b"}, "unknown key; did you mean 'archive'"),
+        ({"archive": "archive"}, "receiver.archive: archive: has to start with a slash"),
+        ({"cluster": "a/b"}, "receiver.cluster: 'a/b': only letters"),
+        (
+            {"names": [{"match": "(?P<node>.*)", "cluster": "a b"}]},
+            r"receiver\.names\[0\]\.cluster: 'a b': only letters",
+        ),
         ({"listen": []}, "listen"),
         ({"listen": [{"address": "8080"}]}, "write host:port"),
         ({"listen": [{"address": "127.0.0.1:99999"}]}, "write host:port"),

@@ -221,6 +221,16 @@ def _post(receiver: Receiver, batch: wire.Batch) -> requests.Response:
 
 
 @pytest.mark.system
+def test_full_ext4_then_freed(tmp_path: Path) -> None:
+    # Where blocks are found late and a journal wants some too.
+    disk = LoopFs(tmp_path, size=24 << 20)
+    try:
+        _full_disk(tmp_path, disk.mount_point)
+    finally:
+        disk.umount()
+
+
+@pytest.mark.system
 def test_full_disk_then_freed(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     folder.mkdir()

@@ -108,10 +108,17 @@ class Receiver:
 
     def rss(self) -> int:
         """Resident bytes."""
+        return self._status("VmRSS")
+
+    def peak(self) -> int:
+        """Most resident bytes that there ever were."""
+        return self._status("VmHWM")
+
+    def _status(self, key: str) -> int:
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
+            if line.startswith(key):
                 return int(line.split()[1]) << 10
-        raise AssertionError("no VmRSS")
+        raise AssertionError(f"no {key}")
 
     def kill(self) -> None:
         """SIGKILL, as the kernel's memory killer does."""

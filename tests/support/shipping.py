@@ -129,6 +129,7 @@ def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
         time.sleep(0.02)
 
 
+_REASON = {"error": "because"}
 Behaviour = Callable[["Handler", bytes], None]
 
 
@@ -247,8 +248,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"status": receiver.store(data)})
 
     def answer(self, status: int, document: object = None, **headers: str) -> None:
-        """Send a whole answer."""
-        text = json.dumps(document or {"reason": "because"}).encode()
+        """Send a whole answer: JSON, or text as it is."""
+        page = document if isinstance(document, str) else json.dumps(document or _REASON)
+        text = page.encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         for name, value in headers.items():

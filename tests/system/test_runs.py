@@ -58,6 +58,8 @@ class Job:
 
     def epilog(self, instance: str) -> None:
         self.node.machine.write(f"{JOBS}/{instance}/ended", f"{uptime()}\n")
+        # The kernel's word is rounded to hundredths: what comes next comes in a later one.
+        time.sleep(0.02)
 
     def work(self, *words: str) -> dict[str, int]:
         """Run a step: the job's cgroup comes and goes with it."""
@@ -68,8 +70,14 @@ class Job:
         return printed(shown)
 
     def remove(self) -> None:
+        """Busy for as long as a process in it has not quite died."""
         find = ["find", self.folder, "-depth", "-type", "d", "-delete"]
-        self.node.machine.run(find, check=False)
+
+        def gone() -> bool:
+            self.node.machine.run(find, check=False)
+            return not self.node.machine.path(self.folder).exists()
+
+        wait_for("the cgroup's end", gone)
 
     def command(self, instance: str) -> list[str]:
         words = ["--jobid", instance, "--config", CONFIG, "--env-file", f"{JOBS}/{instance}/env"]

@@ -119,14 +119,15 @@ def test_a_good_row_has_no_problems_and_shows_its_figures() -> None:
     page = report.page([one], {one.id: parts})
     for shown in (
         "| bpf, libbpf | bcc-split: 3 of 3 passed; libbpf-default: 3 of 3 passed |",
-        "| ended (signal), 2 batches shipped | as expected; at abc1234 |",
+        "| ended (signal), 2 batches shipped | 3 of 6 parts as expected; not run: libbpf-exact, ",
+        ", bcc-exact; at abc1234 |",
         "| libbpf | 0.002 ms (0.100 %) of 2 cases | - | - | - | exact 3, 40 µs |",
         "| 100.000 ms and 100.010 ms | 0.0100 % | 7 and 7 | 0 and 2 |",
         "| 99.90 % of 0.00 s |",
         "| 4.5 s |",
         "| libbpf | in 27 ms | 5.0 µs | - |",
         "bcc: no headers",
-        "not run: libbpf-exact, libbpf-small, bcc-default, bcc-exact",
+        "- not run: libbpf-exact, libbpf-small, bcc-exact: no result yet",
     ):
         assert shown in page
 
@@ -166,6 +167,16 @@ def test_a_step_that_was_not_reached_is_a_problem() -> None:
     found = result("site") | {"missing": ["work-proc"]}
     (problem,) = report.problems(row("debian-12-v2"), "site", found)
     assert problem == "work-proc: not reached in 60 s"
+
+
+def test_a_part_that_was_not_run_stands_there_with_its_reason() -> None:
+    one = row("debian-12-v2")
+    found = {"site": {"not_run": "no time"}, "libbpf-default": result("libbpf-default")}
+    assert report.problems(one, "site", found["site"]) == []
+    page = report.page([one], {one.id: found})
+    assert "- not run: site: no time" in page
+    assert "| not asked (expected: libbpf or bcc) |" in page
+    assert "| not tried | 1 of 6 parts as expected; not run: site, " in page
 
 
 def test_a_row_without_bpf_has_to_say_why() -> None:

@@ -24,6 +24,7 @@ _LEVEL: Final = 9
 BATCH: Final = 1  # a batch that the sealing program could read; without it nothing else holds
 COUNTERS: Final = 2  # of kind `counters`, not a tombstone
 WHOLE: Final = 4  # full, and with as many records as the epoch has executables
+UNVOUCHED: Final = 8  # the sender did not prove to be the node it names; of frames of any kind
 
 # One array of each, in this order, with a value for each frame in the order of the segment.
 # gap: bytes that belong to no frame in front of it. source: number of its cluster, node
@@ -57,10 +58,13 @@ class DirectoryBuilder:
         gap = frame.offset - self._end
         self._end = frame.end
         if outline is not None:
-            self.add(len(frame.data), outline, digest, kind=frame.kind, gap=gap)
+            self.add(
+                len(frame.data), outline, digest, kind=frame.kind, gap=gap, vouched=frame.vouched
+            )
             return
         row = dict.fromkeys(COLUMNS, 0) | {
-            "gap": gap, "length": len(frame.data), "kind": frame.kind
+            "gap": gap, "length": len(frame.data), "kind": frame.kind,
+            "bits": 0 if frame.vouched else UNVOUCHED,
         }  # fmt: skip
         for name, column in self.columns.items():
             column.append(row[name])
@@ -73,11 +77,12 @@ class DirectoryBuilder:
         *,
         kind: int = fmt.Kind.COUNTERS,
         gap: int = 0,
+        vouched: bool = False,
     ) -> None:
         """Take a batch of so many bytes with this content digest."""
         header, records, at = outline
         claims = header.claims
-        bits = BATCH
+        bits = BATCH if vouched else BATCH | UNVOUCHED
         if header.kind == "counters":
             bits |= COUNTERS
         if header.full and header.executables == records:

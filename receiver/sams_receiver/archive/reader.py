@@ -6,6 +6,7 @@ nobody builds on a frame that a power cut could still take away.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -246,9 +247,9 @@ class Segment:
             yield from self._unindexed_items(from_offset)
             return
         with self._open(self.sealed_path) as file:
-            header: fmt.SegmentHeader | None = None
+            marker: bytes | None = None
             for block in index.blocks:
-                if header is not None and block.raw_offset + block.raw_length <= from_offset:
+                if marker is not None and block.raw_offset + block.raw_length <= from_offset:
                     continue
                 file.seek(block.offset)
                 packed = file.read(block.length)
@@ -256,23 +257,50 @@ class Segment:
                     data, problem = fmt.decompress(packed, block.raw_length), None
                 except fmt.FormatError:
                     data, problem = fmt.salvage(packed, block.raw_length)
-                if header is None:
-                    header = self._check(data)
+                if marker is None:
+                    marker = self._marker(data)
                 if len(data) < block.raw_length:
                     log.warning("segment %s: block at %d: %s", self._id, block.offset, problem)
                     data += bytes(block.raw_length - len(data))
                 begin = max(from_offset, block.raw_offset, fmt.DATA_START)
                 end = block.raw_offset + block.raw_length
-                yield from fmt.scan(_within(data, block.raw_offset), begin, end, header.marker)
+                yield from fmt.scan(_within(data, block.raw_offset), begin, end, marker)
+
+    def _marker(self, data: bytes) -> bytes:
+        """Marker of a sealed segment by its first block, or, if that is damaged, by another."""
+        try:
+            fmt.parse_segment_header(data)
+        except fmt.FormatError as error:
+            for number in range(1, len(self.index().blocks)):
+                with contextlib.suppress(fmt.FormatError):
+                    # A block starts with a frame, and a frame with the marker.
+                    block = self.block(number)
+                    found = block[: fmt.MARKER_BYTES]
+                    if fmt.needs(block, 0, found):
+                        log.warning("segment %s: %s; read without it", self._id, error)
+                        return found
+        return self._check(data).marker
 
     def _unindexed_items(self, from_offset: int) -> Iterator[fmt.Frame | fmt.Damage]:
         with self._open(self.sealed_path) as file:
-            data = b"".join(fmt.walk(file.read(MAX_SEGMENT), MAX_SEGMENT))
-        header = self._check(data)
+            packed = file.read(MAX_SEGMENT)
+        data = bytearray()
+        problem: fmt.FormatError | None = None
+        try:
+            for part in fmt.walk(packed, MAX_SEGMENT):
+                data += part
+        except fmt.FormatError as error:
+            problem = error
+        header = self._check(data[: fmt.DATA_START])
         begin = max(from_offset, fmt.DATA_START)
-        yield from fmt.scan(_within(data, 0), begin, len(data), header.marker)
+        whole = bytes(data)
+        yield from fmt.scan(_within(whole, 0), begin, len(whole), header.marker)
+        if problem is not None:
+            # Nothing tells any more how much there was.
+            log.warning("segment %s: %s; what came after is lost", self._id, problem)
+            yield fmt.Damage(len(whole), 0, tail=True)
 
-    def _check(self, data: bytes) -> fmt.SegmentHeader:
+    def _check(self, data: bytes | bytearray) -> fmt.SegmentHeader:
         try:
             header = fmt.parse_segment_header(data)
         except fmt.FormatError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +91,9 @@ def _write(raw_path: Path, out: int) -> None:
                 yield item
 
         offset = 0
-        for begin, end in fmt.join_blocks(counted(), 0):
+        # The header is a block of its own: what hits a frame does not hit the header as well.
+        blocks = fmt.join_blocks(counted(), fmt.DATA_START)
+        for begin, end in itertools.chain([(0, fmt.DATA_START)], blocks):
             packed = fmt.compress(_parts(read, begin, end))
             durable.write_all(out, packed)
             builder.blocks.append(fmt.Block(begin, offset, end - begin, len(packed)))

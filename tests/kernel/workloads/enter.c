@@ -3,12 +3,35 @@
  *
  * Whoever moves while it runs may be charged a tick between the move and the event that
  * tells of it, which no set-up can see (cases.py: `moves`); under an emulator on a busy host
- * that is one entry in ten. One that sleeps meanwhile has nothing to be charged: a child
- * made by vfork() writes, and this process does not run before that has ended.
+ * that is one entry in ten. One that sleeps meanwhile has nothing to be charged: a child writes
+ * once this process sleeps, waiting for it. (Of a vfork() it would wait uninterruptibly: such
+ * a sleeper is charged some 8 µs by its move.)
  */
 #include "workload.h"
 
 #include <sys/wait.h>
+
+/* Until it is off its CPU: on its way there it is charged once more. */
+static void wait_asleep(const char *pid)
+{
+	char path[64], state;
+	const char *name_end;
+
+	snprintf(path, sizeof(path), "/proc/%s/stat", pid);
+	do {
+		char text[512];
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+		ssize_t length = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+
+		if (length <= 0)
+			_exit(1);
+		close(fd);
+		text[length] = 0;
+		name_end = strrchr(text, ')');
+		state = name_end ? name_end[2] : 'R';
+	} while (state == 'R');
+	usleep(100);
+}
 
 int main(int argc, char **argv)
 {
@@ -22,10 +45,12 @@ int main(int argc, char **argv)
 		if (fd < 0)
 			die(argv[1]);
 		length = snprintf(self, sizeof(self), "%d", getpid());
-		mover = vfork();
-		if (!mover)
+		mover = fork_or_die();
+		if (!mover) {
+			wait_asleep(self);
 			_exit(write(fd, self, length) != length);
-		if (mover < 0 || waitpid(mover, &status, 0) != mover || status)
+		}
+		if (waitpid(mover, &status, 0) != mover || status)
 			die(argv[1]);
 		close(fd);
 	}

@@ -68,7 +68,8 @@ def main() -> int:
         for name in wanted:
             row, part = every[name], name.partition(":")[2]
             if "steps" not in results.get(row.id, {}).get(part, {}):
-                results = _keep(arguments.results, row, part, {"not_run": arguments.not_run})
+                found = {"not_run": arguments.not_run}
+                results = _keep(arguments.results, row, part, found, page=arguments.page, rows=rows)
         arguments.page.write_text(report.page(rows, results))
         return 0
     cache = Cache(arguments.cache.absolute())
@@ -91,8 +92,7 @@ def main() -> int:
                 commit=commit,
             )
             print(f"{name}: {report.verdict(row, part, found)}", flush=True)
-            results = _keep(arguments.results, row, part, found)
-            arguments.page.write_text(report.page(rows, results))
+            _keep(arguments.results, row, part, found, page=arguments.page, rows=rows)
             failed = failed or bool(report.problems(row, part, found))
     except SamsError as error:
         print(f"vm: {error}", file=sys.stderr)
@@ -102,8 +102,19 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _keep(file: Path, row: table.Row, part: str, found: dict[str, Any]) -> dict[str, Any]:
-    """Put what a part found beside all else, which another runner may have added to."""
+def _keep(
+    file: Path,
+    row: table.Row,
+    part: str,
+    found: dict[str, Any],
+    *,
+    page: Path,
+    rows: list[table.Row],
+) -> dict[str, Any]:
+    """Put what a part found beside all else, which another runner may have added to.
+
+    The page is of the same moment: it is written under the same lock.
+    """
     with file.open("a+") as opened:
         fcntl.flock(opened, fcntl.LOCK_EX)
         opened.seek(0)
@@ -111,6 +122,8 @@ def _keep(file: Path, row: table.Row, part: str, found: dict[str, Any]) -> dict[
         results.setdefault(row.id, {})[part] = found
         opened.truncate(0)
         opened.write(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        opened.flush()
+        page.write_text(report.page(rows, results))
     return results
 
 

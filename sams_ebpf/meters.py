@@ -45,11 +45,6 @@ def choose(
     return choice, made[0] if made else None
 
 
-def loaders(asked: Loader) -> tuple[host.Loader, ...]:
-    """List the loaders to try, best first."""
-    return ("libbpf", "bcc") if asked == "auto" else (asked,)
-
-
 def private(cgroup: Cgroup, *, mode: Mode, loader: Loader, exact: bool) -> BpfMeter | ProcMeter:
     """Measure a cgroup with programs that go with this process, or by sampling."""
 

@@ -5,15 +5,28 @@ from __future__ import annotations
 import argparse
 import logging
 
-from sams_ebpf import bpf, config, leftovers, meters, pins, programs, slots, unclaimed, writer
-from sams_ebpf.errors import NotPossibleError
-from sams_ebpf.host import Loader
+from sams_ebpf import (
+    bpf,
+    config,
+    leftovers,
+    meters,
+    pins,
+    probe,
+    programs,
+    slots,
+    unclaimed,
+    writer,
+)
+from sams_ebpf.host import Attempt, Loader
 
 _log = logging.getLogger(__name__)
 
 
 def load(arguments: argparse.Namespace) -> int:
-    """Load the programs to stay; close what the last boot left open."""
+    """Load the programs to stay; close what the last boot left open.
+
+    Raises NotPossibleError with the reasons where no loader works.
+    """
     site = config.load(arguments.config)
     boot_id = writer.boot_id()
     if boot_id is not None and site.spool.folder.is_dir():
@@ -26,20 +39,19 @@ def load(arguments: argparse.Namespace) -> int:
     hierarchy = meters.tree_of_jobs(site.collector.cgroup_tree)
     options = meters.options_of(site.collector, hierarchy, site.site.node_name())
 
-    def use(which: Loader) -> programs.ProgramSet:
-        with pins.lock():
-            return pins.load(options, which, stay=True)
-
-    reasons = []
-    for which in meters.loaders(site.collector.loader):
+    def use(which: Loader) -> Attempt:
         try:
-            use(which).close()
+            with pins.lock():
+                pins.load(options, which, stay=True).close()
         except bpf.BpfError as error:
-            reasons.append(f"{which}: {error}")
-            continue
-        _log.info("programs loaded with %s, accounting cgroup tree %s", which, hierarchy.name)
-        return 0
-    raise NotPossibleError(f"programs cannot be loaded: {'; '.join(reasons)}")
+            return Attempt(which, False, str(error))
+        return Attempt(which, True, "loaded")
+
+    choice = probe.decide(use, mode="bpf", loader=site.collector.loader)
+    if choice.passed_over:
+        _log.info("%s", choice.reason)
+    _log.info("programs loaded with %s, accounting cgroup tree %s", choice.loader, hierarchy.name)
+    return 0
 
 
 def unload(_: argparse.Namespace) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import json
 import os
 import subprocess
@@ -12,7 +14,7 @@ from typing import Any
 import nobpf
 import pytest
 
-from sams_ebpf import cli, host, probe, programs
+from sams_ebpf import bpf, cli, host, node, pins, probe, programs
 from sams_ebpf.cgroups import mounted
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Attempt
@@ -186,16 +188,39 @@ def test_lockdown_is_told_by_its_file(
     assert probe._lockdown().ok is ok
 
 
-def test_nothing_is_compiled_under_lockdown(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = Attempt(host.LOCKDOWN, False, "confidentiality")
+    monkeypatch.setattr(probe, "_lockdown", lambda: locked)
+    monkeypatch.setitem(probe._PREREQUISITES, host.LOCKDOWN, lambda: locked)
+
+
+@pytest.mark.usefixtures("_locked")
+def test_nothing_is_compiled_under_lockdown() -> None:
     asked = []
 
     def load(loader: str) -> Attempt:
         asked.append(loader)
         return Attempt(loader, False, "no")
 
-    locked = Attempt(host.LOCKDOWN, False, "confidentiality")
-    monkeypatch.setattr(probe, "_lockdown", lambda: locked)
-    monkeypatch.setitem(probe._PREREQUISITES, host.LOCKDOWN, lambda: locked)
     choice = probe.decide(load)
     assert (choice.mode, asked) == ("proc", ["libbpf"])
     assert "bpf (libbpf) and bpf (bcc) not used: kernel lockdown: confidentiality" in choice.reason
+
+
+@pytest.mark.usefixtures("_locked")
+def test_nor_does_the_unit_that_loads_at_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load(_: programs.Options, loader: str, **__: object) -> None:
+        asked.append(loader)
+        raise bpf.BpfError("refused", errno.EPERM)
+
+    monkeypatch.setattr(pins, "load", load)
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{{spool: {{folder: {tmp_path}}}, collector: {{state: {tmp_path}}}}}")
+    with pytest.raises(NotPossibleError, match="libbpf, bcc: kernel lockdown: confidentiality"):
+        node.load(argparse.Namespace(config=file))
+    assert asked == ["libbpf"]

@@ -162,13 +162,31 @@ def work(mode: str, loader: str | None) -> dict[str, Any]:
 
 def unit(share: Path, row: dict[str, Any]) -> dict[str, Any]:
     """A job's unit starts with the Prolog, ends with the Epilog, and ships to a receiver."""
-    _site(share)
+    try:
+        _site(share)
+        _job(row["cgroup"])
+    finally:
+        (share / "journal.log").write_text(_journal())
+    shown = call(RECEIVER, "archive", "cat", ARCHIVE, "--job", "4711")
+    batches = [json.loads(line)["batch"] for line in shown.splitlines()]
+    final = [one for one in batches if one.get("final")]
+    return {
+        "load": _state("sams-ebpf-load.service"),
+        "load_s": _took_s("sams-ebpf-load.service"),
+        "batches": len(batches),
+        "final": final[-1] if final else None,
+        "left_in_kernel": json.loads(call(SAMS, "status", "--json"))["programs"]["slots_used"],
+    }
+
+
+def _job(layout: str) -> None:
+    """Start a job as Slurm does, run something in it, and end it."""
     environment = {"SLURM_JOB_ID": "4711", "SLURM_CLUSTER_NAME": "vm", "SLURMD_NODENAME": "node1"}
     hooks = Path("/usr/libexec/sams-ebpf")
     call("/bin/sh", hooks / "prolog.sh", **environment)
     name = "sams-ebpf@4711.service"
     wait_for(f"{name} to start", lambda: _state(name) == "active")
-    job = _job_cgroup(row["cgroup"])
+    job = _job_cgroup(layout)
     job.mkdir(parents=True)
     enter = f"echo $$ > {job}/cgroup.procs; read go; for i in $(seq 50); do /bin/true; done"
     with subprocess.Popen(["/bin/sh", "-c", enter], stdin=subprocess.PIPE) as work:
@@ -178,20 +196,8 @@ def unit(share: Path, row: dict[str, Any]) -> dict[str, Any]:
     time.sleep(2)
     job.rmdir()
     call("/bin/sh", hooks / "epilog.sh", **environment)
-    try:
-        wait_for(f"{name} to end", lambda: _state(name) in ("inactive", "failed"))
-        wait_for("the spool to be shipped", lambda: not list(SPOOL.glob("*.msgpack")))
-    finally:
-        (share / "journal.log").write_text(_journal())
-    shown = call(RECEIVER, "archive", "cat", ARCHIVE, "--job", "4711")
-    batches = [json.loads(line)["batch"] for line in shown.splitlines()]
-    final = [one for one in batches if one.get("final")]
-    return {
-        "load": _state("sams-ebpf-load.service"),
-        "batches": len(batches),
-        "final": final[-1] if final else None,
-        "left_in_kernel": json.loads(call(SAMS, "status", "--json"))["programs"]["slots_used"],
-    }
+    wait_for(f"{name} to end", lambda: _state(name) in ("inactive", "failed"))
+    wait_for("the spool to be shipped", lambda: not list(SPOOL.glob("*.msgpack")))
 
 
 def _journal() -> str:
@@ -238,6 +244,15 @@ def _state(name: str) -> str:
         ["systemctl", "is-active", name], check=False, capture_output=True, text=True, timeout=60
     )
     return done.stdout.strip()
+
+
+def _took_s(name: str) -> float:
+    """How long the main process of a unit that has ended ran."""
+    of = ("-p", "ExecMainStartTimestampMonotonic", "-p", "ExecMainExitTimestampMonotonic")
+    shown = call("systemctl", "show", *of, name)
+    times = dict(line.split("=", 1) for line in shown.splitlines())
+    start, end = (int(times[f"ExecMain{which}TimestampMonotonic"]) for which in ("Start", "Exit"))
+    return round((end - start) / 1e6, 1)
 
 
 def _job_cgroup(layout: str) -> Path:

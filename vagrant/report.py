@@ -61,6 +61,10 @@ def problems(row: Row, part: str, found: dict[str, Any]) -> list[str]:
         bad.append("unit: no final batch")
     if "unit" in good and good["unit"]["left_in_kernel"]:
         bad.append("unit: something is left in the kernel")
+    if "unit" in good and good["unit"]["load"] != "active":
+        bad.append(f"unit: the one that loads is {good['unit']['load']}")
+    if "unit" in good and (good["unit"]["final"] or {}).get("mode") not in (None, row.expect.mode):
+        bad.append(f"unit: the job was measured in mode {good['unit']['final']['mode']}")
     return bad or [f"{part}: no step was taken"] * (not steps)
 
 
@@ -161,7 +165,9 @@ def _unit(step: dict[str, Any] | None) -> str:
     if not step["final"]:
         return "no final batch"
     batches = f"{step['batches']} batch{'es' if step['batches'] != 1 else ''}"
-    return f"ended ({step['final']['final']['reason']}), {batches} shipped"
+    loaded = f"; load {step['load_s']} s" if "load_s" in step else ""
+    mode = f"{step['final']['mode']}: " if "mode" in step["final"] else ""
+    return f"{mode}ended ({step['final']['final']['reason']}), {batches} shipped{loaded}"
 
 
 def _precision(rows: list[Row], results: dict[str, Any]) -> list[str]:

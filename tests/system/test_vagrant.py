@@ -58,6 +58,15 @@ BOTH = {
 }
 
 
+UNIT = {
+    "load": "active",
+    "load_s": 1.5,
+    "batches": 2,
+    "final": {"mode": "bpf", "final": {"reason": "signal"}},
+    "left_in_kernel": 0,
+}
+
+
 def result(part: str, **changes: Any) -> dict[str, Any]:
     """What a machine brings back of one part in which all is well, but for the changes."""
     ways = [
@@ -72,7 +81,7 @@ def result(part: str, **changes: Any) -> dict[str, Any]:
                 "ways": ways,
                 "tried": [{"name": "load with libbpf", "ok": True, "detail": "in 27 ms"}],
             },
-            "unit": {"batches": 2, "final": {"final": {"reason": "signal"}}, "left_in_kernel": 0},
+            "unit": UNIT,
             "work-libbpf": works,
         },
         "libbpf-default": {
@@ -119,7 +128,8 @@ def test_a_good_row_has_no_problems_and_shows_its_figures() -> None:
     page = report.page([one], {one.id: parts})
     for shown in (
         "| bpf, libbpf | bcc-split: 3 of 3 passed; libbpf-default: 3 of 3 passed |",
-        "| ended (signal), 2 batches shipped | 3 of 6 parts as expected; not run: libbpf-exact, ",
+        "| bpf: ended (signal), 2 batches shipped; load 1.5 s | ",
+        "| 3 of 6 parts as expected; not run: libbpf-exact, ",
         ", bcc-exact; at abc1234 |",
         "| libbpf | 0.002 ms (0.100 %) of 2 cases | - | - | - | exact 3, 40 µs |",
         "| 100.000 ms and 100.010 ms | 0.0100 % | 7 and 7 | 0 and 2 |",
@@ -136,8 +146,14 @@ def test_a_good_row_has_no_problems_and_shows_its_figures() -> None:
     ("part", "changes", "problem"),
     [
         ("site", {"probe": {"would_use": {"mode": "proc"}, "ways": []}}, "auto uses proc, not bpf"),
-        ("site", {"unit": {"final": None, "left_in_kernel": 0}}, "unit: no final batch"),
-        ("site", {"unit": {"final": {}, "left_in_kernel": 1}}, "unit: something is left"),
+        ("site", {"unit": {**UNIT, "final": None}}, "unit: no final batch"),
+        ("site", {"unit": {**UNIT, "left_in_kernel": 1}}, "unit: something is left"),
+        ("site", {"unit": {**UNIT, "load": "failed"}}, "unit: the one that loads is failed"),
+        (
+            "site",
+            {"unit": {**UNIT, "final": {"mode": "proc", "final": {"reason": "signal"}}}},
+            "unit: the job was measured in mode proc",
+        ),
         ("site", {"work-libbpf": {"error": "boom"}}, "work-libbpf: boom"),
         (
             "libbpf-default",
@@ -183,9 +199,10 @@ def test_a_row_without_bpf_has_to_say_why() -> None:
     one = row("debian-12-lockdown")
     ways = [{"mode": "bpf", "loader": "libbpf", "possible": False, "reason": "kernel lockdown"}]
     probe = {"would_use": {"mode": "proc", "loader": None}, "ways": ways, "tried": []}
-    assert report.problems(one, "site", result("site", probe=probe)) == []
+    unit = {**UNIT, "final": {"mode": "proc", "final": {"reason": "signal"}}}
+    assert report.problems(one, "site", result("site", probe=probe, unit=unit)) == []
     ways[0]["reason"] = "no"
-    (problem,) = report.problems(one, "site", result("site", probe=probe))
+    (problem,) = report.problems(one, "site", result("site", probe=probe, unit=unit))
     assert problem == "probe does not say lockdown"
 
 

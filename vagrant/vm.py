@@ -253,7 +253,10 @@ def tsc_khz() -> int:
 
 
 def _uml(row: table.Row, disk: Path, share: Path) -> list[str]:
+    library = share / "umlfp.so"
+    run("gcc", "-O2", "-shared", "-fPIC", "-o", library, ROOT / "vagrant/umlfp.c", "-ldl")
     return [
+        *("env", f"LD_PRELOAD={library}"),
         *("linux.uml", "mem=1G", f"ubd0c={share}/cow,{disk}", "root=/dev/ubda", "rw", "quiet"),
         *("con=null", "con0=null,fd:1", "panic=-1", f"sams.host={share}"),
         *row.command_line.split(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,10 @@ from sams_ebpf.meter import Meter, Snapshot
 from sams_ebpf.procfs import ProcMeter
 
 pytestmark = pytest.mark.kernel
+
+# Records of the dead name executables from here on (version 12 of taskstats; docs/taskstats.md).
+NAMED = (5, 19)
+KERNEL = tuple(int(word) for word in re.findall(r"\d+", os.uname().release)[:2])
 
 PYTHON = os.path.realpath(sys.executable).encode()
 SHELL = os.path.realpath("/bin/sh").encode()
@@ -205,6 +210,11 @@ def test_short_commands_between_samples_stay_unattributed(cgroup: Cgroup) -> Non
 
 def test_the_kernel_tells_of_the_dead(cgroup: Cgroup, burn: Path, tmp_path: Path) -> None:
     """Seen before and never seen; of one and of many threads; of known and of lost files."""
+    meter = ProcMeter([cgroup])
+    if KERNEL < NAMED:
+        assert "which name no executables (12 and later do)" in meter.not_listening
+        pytest.skip(meter.not_listening)
+    assert meter.not_listening == ""
     conftest = tmp_path / "conftest"
     shutil.copy(burn, conftest)
     while time.time_ns() < burn.stat().st_ctime_ns + 1_100_000_000:
@@ -218,8 +228,6 @@ def test_the_kernel_tells_of_the_dead(cgroup: Cgroup, burn: Path, tmp_path: Path
         "threads = [threading.Thread(target=work) for _ in range(3)]\n"
         "[t.start() for t in threads]; [t.join() for t in threads]\n"
     )
-    meter = ProcMeter([cgroup])
-    assert meter.not_listening == ""
     # Three are seen: one that goes on as it is, one that starts others, one that executes.
     seen = Burner(cgroup, burn, 20, 80)
     seen.done()
@@ -283,13 +291,15 @@ def test_cpu_outside_has_a_row_of_its_own(cgroup: Cgroup, burn: Path) -> None:
     meter.harvest()
     cgroups.enter(top, burner.process.pid)
     meter.harvest()
+    moved = procfs.clock(burner.process.pid) or 0
     burner.go()
     burner.done()
     snapshot = meter.harvest()
+    ended = procfs.clock(burner.process.pid) or 0
     burner.end()
-    # User-mode Linux counts in ticks of 10 ms: a burn may be a tick longer.
-    assert cpu(snapshot, burn, wire.OUTSIDE) >= 150_000_000
-    assert 100_000_000 <= cpu(snapshot, burn) < 120_000_000
+    # How much starting costs is of the machine; what is of inside and of outside is not.
+    assert 100_000_000 <= cpu(snapshot, burn) <= moved
+    assert 150_000_000 <= cpu(snapshot, burn, wire.OUTSIDE) <= ended - 100_000_000
     check(snapshot)
 
 
@@ -395,7 +405,10 @@ def test_the_counter_is_read_when_the_last_process_has_left(cgroup: Cgroup, burn
     meter.look([])
     last = meter.harvest()
     assert (last.cgroup_cpu_ns or 0) - (before.cgroup_cpu_ns or 0) >= 40_000_000
-    assert cpu(last, burn) - cpu(before, burn) >= 30_000_000
+    if KERNEL < NAMED:
+        assert last.unattributed_by[sampling.DIED] >= 30_000_000
+    else:
+        assert cpu(last, burn) - cpu(before, burn) >= 30_000_000
     check(last)
 
 

@@ -283,9 +283,10 @@ def test_accounts_that_are_damaged_are_made_again_without_their_folder(site: Sit
     before = site("report")[1]
     for path in (site.folder / "data/derived").rglob("*.parquet"):
         os.truncate(path, 100)
-    status, _, err = site("report")
-    assert (status, len(err.splitlines())) == (1, 1)
-    assert "delete the folder `derived`" in err
+    for options in ((), ("--job", "1")):
+        status, _, err = site("report", *options)
+        assert (status, len(err.splitlines())) == (1, 1)
+        assert "delete the folder `derived`" in err
     shutil.rmtree(site.folder / "data/derived")
     assert site("report")[1] == before
 

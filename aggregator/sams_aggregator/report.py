@@ -82,7 +82,7 @@ def command(arguments: argparse.Namespace) -> int:
     form = arguments.format or ("json" if arguments.json else "table")
     chosen, keys = filter_of(arguments), keys_of(arguments)
     show.check(form, arguments.output)
-    state = st.open_state(config.aggregator)
+    state = st.open_existing(config.aggregator)
     try:
         store = Store(state, config.aggregator.data)
         site = site_of(config)

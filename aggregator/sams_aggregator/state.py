@@ -222,6 +222,13 @@ def open_state(part: cfg.Aggregator) -> State:
     return state
 
 
+def open_existing(part: cfg.Aggregator) -> State:
+    """The same for all that reads what an ingest has made: makes no folder of a mistyped name."""
+    if not part.data.is_dir():
+        raise UsageError(f"{part.data}: no such folder; `ingest` and `reprocess` make it")
+    return open_state(part)
+
+
 def migrate(state: State) -> None:
     """Bring the schema up to date. A newer schema than this program's is refused."""
     latest = MIGRATIONS[-1][0]

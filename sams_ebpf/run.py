@@ -56,7 +56,7 @@ def command(arguments: argparse.Namespace) -> int:
     spool: Path | None = arguments.spool
     if spool is not None and not (spool.is_dir() and os.access(spool, os.W_OK)):
         raise UsageError(f"--spool {spool}: not a folder that can be written to")
-    cgroup = cgroups.create(f"sams-ebpf-run-{os.getpid()}", _trees(arguments.cgroup_tree))
+    cgroup = cgroups.create(f"{cgroups.OF_RUN}{os.getpid()}", _trees(arguments.cgroup_tree))
     try:
         return _measured(arguments, argv, cgroup)
     finally:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from workloads import until
 
 from sams_ebpf import cgroups
 
@@ -150,6 +151,37 @@ def test_a_collector_that_found_no_job_leaves_no_programs(tmp_path: Path) -> Non
     )
     assert "nothing was measured" in done.stderr
     assert done.stdout == ""
+
+
+def test_gc_removes_the_cgroup_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    """Not before its command has ended, and not that of a run that lives."""
+    before = set(left_over())
+    config = tmp_path / "config.yaml"
+    config.write_text(f"collector: {{state: {tmp_path}}}\nspool: {{folder: {tmp_path}}}\n")
+    go, wait = tmp_path / "go", 'while [ ! -e "$0" ]; do sleep 0.05; done'
+    killed, lives = (
+        subprocess.Popen([*SELF, "run", "--", "sh", "-c", wait, go], stderr=subprocess.DEVNULL)
+        for _ in range(2)
+    )
+
+    def busy() -> int:
+        made = set(left_over()) - before
+        return sum(bool(Path(folder, "cgroup.procs").read_text()) for folder in made)
+
+    until(lambda: busy() == 2, "both commands")
+    killed.kill()
+    killed.wait(60)
+    gc = [*SELF, "gc", "--config", str(config)]
+    subprocess.run(gc, check=True, timeout=60)
+    assert busy() == 2, "commands run in both"
+    go.touch()
+    assert lives.wait(60) == 0
+
+    def is_gone() -> bool:
+        subprocess.run(gc, check=True, timeout=60)
+        return set(left_over()) <= before
+
+    until(is_gone, "the killed run's cgroup to go")
 
 
 def test_nothing_is_left() -> None:

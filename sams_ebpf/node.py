@@ -5,7 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 
-from sams_ebpf import bpf, config, leftovers, meters, pins, programs, slots, unclaimed, writer
+from sams_ebpf import (
+    bpf,
+    cgroups,
+    config,
+    leftovers,
+    meters,
+    pins,
+    programs,
+    slots,
+    unclaimed,
+    writer,
+)
 from sams_ebpf.errors import NotPossibleError
 from sams_ebpf.host import Loader
 
@@ -69,7 +80,7 @@ def gc(arguments: argparse.Namespace) -> int:
     unclaimed.clear(config.load(arguments.config))
     with pins.lock():
         gone = pins.collect_garbage()
-    for folder in gone:
+    for folder in [*gone, *cgroups.remove_abandoned()]:
         _log.info("%s: removed", folder)
     return 0
 

@@ -15,7 +15,7 @@ import re
 import ssl
 import time
 from functools import lru_cache
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 from aiohttp import HttpVersion11, hdrs, web
@@ -439,6 +439,30 @@ class App:
         return web.Response(body=metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
+class _Protocol(RequestHandler):
+    """A connection as aiohttp has it, but that parses again only after a pause.
+
+    aiohttp feeds its parser once more whenever a body was read, a twentieth of a request's time.
+    """
+
+    __slots__ = ("_pauses",)
+
+    def __init__(self, front: Front, *, loop: asyncio.AbstractEventLoop, **settings: Any) -> None:  # noqa: ANN401
+        self._pauses = False
+        super().__init__(front, loop=loop, **settings)
+
+    def pause_reading(self) -> None:
+        """The body comes faster than it is read."""
+        self._pauses = True
+        super().pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """There is room for more of the body."""
+        if self._pauses:
+            self._pauses = False
+            super().resume_reading(resume_parser)
+
+
 class Front(web.Server):
     """One listener: its connections, their number, and those who are too slow.
 
@@ -460,14 +484,18 @@ class Front(web.Server):
         self._budget = budget
         self._idle = app.config.limits.idle_seconds
         self._open: dict[RequestHandler, Connection] = {}
-        super().__init__(
-            self._answer,
-            access_log=None,
-            auto_decompress=False,
-            keepalive_timeout=self._idle,
-            lingering_time=2.0,
-            logger=logging.getLogger("sams_receiver.http"),
-        )
+        self._settings: dict[str, Any] = {
+            "access_log": None,
+            "auto_decompress": False,
+            "keepalive_timeout": self._idle,
+            "lingering_time": 2.0,
+            "logger": logging.getLogger("sams_receiver.http"),
+        }
+        super().__init__(self._answer)
+
+    def __call__(self) -> RequestHandler:
+        """Make the protocol of a new connection."""
+        return _Protocol(self, loop=asyncio.get_running_loop(), **self._settings)
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         """Take a connection; if there are too many, a stranger's is closed for it."""

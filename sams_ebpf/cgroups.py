@@ -27,6 +27,8 @@ from sams_ebpf.errors import NotPossibleError, UsageError
 
 MOUNTINFO: Final = "/proc/self/mountinfo"
 SLURM_SLICES: Final = ("system.slice",)
+# And the PID of the `run` that has made it.
+OF_RUN: Final = "sams-ebpf-run-"
 # Slurm 26.05 and later name a job's folder after its SLUID.
 SLUID: Final = re.compile(r"s[0-9A-HJKMNP-TV-Z]{13}")
 
@@ -369,6 +371,25 @@ def create(name: str, hierarchies: list[Hierarchy] | None = None) -> Cgroup:
     if fallback is None:
         raise NotPossibleError(f"{reason}; a cgroup of its own needs root (try sudo)")
     return fallback
+
+
+def remove_abandoned(hierarchies: list[Hierarchy] | None = None) -> list[str]:
+    """Remove what a `run` that was killed has left: its cgroup, once nothing is in it.
+
+    Named after the PID of its `run`; one that lives still needs it.
+    """
+    gone = []
+    for hierarchy in mounted() if hierarchies is None else hierarchies:
+        for folder in subtree(hierarchy.mount):
+            pid = os.path.basename(folder).removeprefix(OF_RUN)  # noqa: PTH119 (as above)
+            if f"{OF_RUN}{pid}" != os.path.basename(folder) or not pid.isdecimal():  # noqa: PTH119
+                continue
+            if os.path.exists(f"/proc/{pid}"):  # noqa: PTH110
+                continue
+            left = Cgroup(folder=folder, path=folder, hierarchy=hierarchy)
+            if not processes(left) and remove(left, attempts=1):
+                gone.append(folder)
+    return gone
 
 
 def _make(name: str, hierarchy: Hierarchy) -> Cgroup:

@@ -134,6 +134,8 @@ class Collector:
         places = daemon.Places(self.locate, self.above, watch, mark)
         meter = self._open(places, signals, sleeper)
         if meter is None:
+            if self._opener.in_kernel:
+                self._opener.let_go()
             doubt = f" ({self._doubt})" if self._doubt else ""
             _log.warning(
                 "no cgroup of job %s was found: nothing was measured%s", self._instance, doubt

@@ -7,6 +7,7 @@ import logging
 
 from sams_ebpf import (
     bpf,
+    cgroups,
     config,
     leftovers,
     meters,
@@ -81,7 +82,7 @@ def gc(arguments: argparse.Namespace) -> int:
     unclaimed.clear(config.load(arguments.config))
     with pins.lock():
         gone = pins.collect_garbage()
-    for folder in gone:
+    for folder in [*gone, *cgroups.remove_abandoned()]:
         _log.info("%s: removed", folder)
     return 0
 

@@ -75,6 +75,11 @@ class Opener:
         self._loader = loader
         return Attempt(loader, True, "loaded, or found pinned")
 
+    def let_go(self) -> None:
+        """Nothing was measured: a set that was loaded for this job alone goes again."""
+        with pins.lock():
+            pins.collect_garbage()
+
     def sampled(self, found: Sequence[Cgroup], instance: str, run: str) -> ProcMeter:
         """Open a meter that samples; baselines are kept in the state folder.
 

@@ -10,6 +10,7 @@ import importlib
 import os
 import platform
 import re
+import resource
 import struct
 import time
 from collections.abc import Callable
@@ -113,13 +114,11 @@ def try_bpf() -> Attempt:
     number = _NR_BPF.get(machine)
     if number is None:
         return Attempt(host.BPF_SYSCALL, None, f"system call number of {machine} is not known")
-    # BPF_MAP_CREATE of an array of one value of 4 bytes.
-    attributes = ctypes.create_string_buffer(struct.pack("5I", 2, 4, 4, 1, 0), 128)
-    fd = _libc.syscall(number, 0, attributes, 128)
-    if fd >= 0:
-        os.close(fd)
+    error = _make_map(number)
+    if error == errno.EPERM and _lift_memlock():
+        error = _make_map(number)
+    if not error:
         return Attempt(host.BPF_SYSCALL, True, "a map could be made")
-    error = ctypes.get_errno()
     why = {
         errno.ENOSYS: "not in this kernel, or hidden by a seccomp filter (a container?)",
         errno.EPERM: "refused: no CAP_BPF or CAP_SYS_ADMIN, kernel lockdown, a seccomp filter, "
@@ -127,6 +126,31 @@ def try_bpf() -> Attempt:
         errno.EACCES: "refused by a security module",
     }.get(error, "unexpected")
     return Attempt(host.BPF_SYSCALL, False, f"{os.strerror(error)}: {why}")
+
+
+def _make_map(number: int) -> int:
+    """BPF_MAP_CREATE of an array of one value of 4 bytes; the errno, 0 if it could be made."""
+    attributes = ctypes.create_string_buffer(struct.pack("5I", 2, 4, 4, 1, 0), 128)
+    fd: int = _libc.syscall(number, 0, attributes, 128)
+    if fd < 0:
+        return ctypes.get_errno()
+    os.close(fd)
+    return 0
+
+
+def _lift_memlock() -> bool:
+    """Lift the limit on locked memory; whether there was one and it could be lifted.
+
+    Kernels before 5.11 charge it with all maps of the user. libbpf lifts it for what it makes.
+    """
+    most = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK) == most:
+        return False
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, most)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _privileges() -> Attempt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -13,6 +14,9 @@ from sams_ebpf.errors import SamsError
 
 # sd-daemon(3): the journal reads a priority from the start of a line.
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+
+# How a write to standard output fails: a full disk, a device with an error, a closed stream.
+_OUTPUT_LOST = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
 
 
 class _Formatter(logging.Formatter):
@@ -67,13 +71,15 @@ def run(
     The only place of a program that catches what nobody else did. Every subcommand
     sets `handler` with `set_defaults`.
     """
+    _open_what_is_closed()
     parser = build()
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     arguments = parser.parse_args(argv)
     start_log(parser.prog)
     handler: Callable[[argparse.Namespace], int] = arguments.handler
     try:
-        return handler(arguments)
+        status = handler(arguments)
+        sys.stdout.flush()
     except SamsError as error:
         logging.getLogger(parser.prog).error("%s", error)
         return error.exit_status
@@ -81,5 +87,29 @@ def run(
         # The reader of our output has gone (`… | head`); so may we.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None and error.errno in _OUTPUT_LOST:
+            logging.getLogger(parser.prog).error("standard output: %s", error.strerror)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        raise
     except KeyboardInterrupt:
         return 130
+    return status
+
+
+def _open_what_is_closed() -> None:
+    """Give what was started with a closed stream (`>&-`) one of its own.
+
+    Else the next file that is opened would stand in its place. Children inherit none of it.
+    Standard output cannot be written to: who asked for it is told.
+    """
+    for stream, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, flags | os.O_CLOEXEC)  # the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import select
 import shutil
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -28,6 +30,8 @@ from sams_ebpf.errors import NotPossibleError, UsageError
 from sams_ebpf.procfs import ProcMeter
 from sams_ebpf.tracing import BpfMeter
 
+_log = logging.getLogger(__name__)
+
 # What the kernel does with a dead task takes an RCU grace period; long enough for one.
 SETTLE_S: Final = 0.25
 FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -47,17 +51,25 @@ def command(arguments: argparse.Namespace) -> int:
             f"run: needs root for a cgroup and BPF; try: sudo {sys.argv[0]} run -- {argv[0]} …"
         )
     output: Path | None = arguments.output
-    if output is not None and not os.access(output.parent, os.W_OK):
-        raise UsageError(f"-o {output}: its folder cannot be written to")
+    if output is not None:
+        _check_output(output)
     spool: Path | None = arguments.spool
     if spool is not None and not (spool.is_dir() and os.access(spool, os.W_OK)):
         raise UsageError(f"--spool {spool}: not a folder that can be written to")
-    cgroup = cgroups.create(f"sams-ebpf-run-{os.getpid()}", _trees(arguments.cgroup_tree))
+    cgroup = cgroups.create(f"{cgroups.OF_RUN}{os.getpid()}", _trees(arguments.cgroup_tree))
     try:
         return _measured(arguments, argv, cgroup)
     finally:
         _move_out(cgroup)
         cgroups.remove(cgroup)
+
+
+def _check_output(output: Path) -> None:
+    """Tell before the command runs what can be told of where its report is to go."""
+    if output.is_dir():
+        raise UsageError(f"-o {output}: is a folder; name a file")
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"-o {output}: its folder cannot be written to")
 
 
 def _trees(name: str | None) -> list[cgroups.Hierarchy] | None:
@@ -140,17 +152,24 @@ def _fork(argv: list[str], cgroup: Cgroup) -> tuple[int, int]:
 
 
 def _become(argv: list[str], path: str | None, cgroup: Cgroup, wait: int) -> NoReturn:
+    """Turn into the command; whatever goes wrong, nothing of the parent's is done twice."""
+    code, problem = NOT_EXECUTABLE, ""
     try:
         os.read(wait, 1)
         os.close(wait)
         cgroups.enter(cgroup)
+        # Python ignores these, and what is ignored stays so over exec.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
         os.execv(path or argv[0], argv)  # noqa: S606 (no shell is what is meant)
     except FileNotFoundError:
-        os.write(2, f"sams-ebpf run: {argv[0]}: command not found\n".encode())
-        os._exit(NOT_FOUND)
+        code, problem = NOT_FOUND, "command not found"
     except OSError as error:
-        os.write(2, f"sams-ebpf run: {argv[0]}: {error.strerror}\n".encode())
-        os._exit(NOT_EXECUTABLE)
+        problem = error.strerror or str(error)
+    finally:
+        with contextlib.suppress(OSError):  # nobody listens
+            os.write(2, b"sams-ebpf run: %b: %b\n" % (os.fsencode(argv[0]), problem.encode()))
+        os._exit(code)
 
 
 def _wait(child: int, batches: _Batches, interval_s: float) -> int:
@@ -190,13 +209,41 @@ def _settle(meter: BpfMeter | ProcMeter) -> None:
 
 
 def _show(text: str, output: Path | None) -> None:
-    if output is None:
+    if output is not None:
+        try:
+            _write(text.encode(), output)
+        except OSError as error:
+            _log.error("-o %s: %s; the report follows", output, error.strerror)
+        else:
+            return
+    with contextlib.suppress(OSError):  # nobody is left to be told: the exit status stands
         sys.stderr.write(text)
+
+
+def _write(data: bytes, output: Path) -> None:
+    """Write a file whole or not at all; what is no file of its own, as a shell would.
+
+    A device, a pipe, or what the command's own output goes to (`-o /dev/stdout`) must
+    not be replaced by a file.
+    """
+    if not _stands_for_itself(output):
+        durable.write(output.resolve(), data, mode=0o644)
         return
+    fd = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC)
     try:
-        durable.write(output, text.encode(), mode=0o644)
-    except OSError as error:
-        raise UsageError(f"-o {output}: {error.strerror}; the report was:\n{text}") from error
+        durable.write_all(fd, data)
+    finally:
+        os.close(fd)
+
+
+def _stands_for_itself(output: Path) -> bool:
+    try:
+        there = output.stat()
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISREG(there.st_mode) or any(
+        os.path.samestat(there, os.fstat(stream)) for stream in (1, 2)
+    )
 
 
 def _move_out(cgroup: Cgroup) -> None:

@@ -62,7 +62,9 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         raise UsageError(f"{where}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
+        # A value of the right looks that is none (2026-02-31, !!int x): PyYAML lets through
+        # whatever its conversion raises.
         raise UsageError(f"{path}: not valid YAML: {error!s:.200}") from error
 
 

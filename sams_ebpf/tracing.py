@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Final, Literal, NamedTuple
@@ -11,6 +12,8 @@ from sams_ebpf import account, bpf, cgroups, layout, slots, wire
 from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.meter import Snapshot
 from sams_ebpf.programs import ProgramSet
+
+_log = logging.getLogger(__name__)
 
 # Lost by cause: CPU, at most, of a later run of the same job that was counted here.
 LATER_RUN: Final = "later_run_ns"
@@ -64,6 +67,7 @@ class BpfMeter:
         self._where = cgroup
         self._counter = cgroups.counter(cgroup, cgroups.mounted()) if cgroup.exists() else cgroup
         self._let_go = let_go
+        self._told_off = False
         self._run_ended_ns: int | None = None
         # By index. Most executables of a job do nothing between two harvests: a name stands
         # beside the number of execs there had been, a record beside the total it was made of.
@@ -292,6 +296,12 @@ class BpfMeter:
         lost = {name: count for name, count in slot.lost.items() if count}
         if self._programs.node().tripped:
             lost["programs_tripped"] = 1
+            if not self._told_off:
+                self._told_off = True
+                _log.warning(
+                    "the programs took more time than collector.programs_limit_percent allows "
+                    "and have switched themselves off: what runs from now on is unattributed"
+                )
         ended_ns = self._run_ended_ns
         if ended_ns is not None and slots.remade_ns(self._programs, slot) > ended_ns:
             # Its cgroup's counter, or all there is where that went unread.

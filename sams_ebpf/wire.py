@@ -114,7 +114,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     lost: Annotated[dict[Name, Count], Meta(max_length=64)] = {}
 
 
-class Processes(msgspec.Struct, frozen=True, kw_only=True):
+class Processes(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """forks + adopted + moved_in = exits + live + moved_out, always; None: cannot be known."""
 
     forks: Count | None = None
@@ -125,7 +125,7 @@ class Processes(msgspec.Struct, frozen=True, kw_only=True):
     moved_out: Count | None = None
 
 
-class Closing(msgspec.Struct, frozen=True, kw_only=True):
+class Closing(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The claim that nothing comes after this batch; a later batch supersedes it.
 
     reason: signal, cgroup-removed, grace-period, command-ended, reboot, unclaimed, …
@@ -135,7 +135,8 @@ class Closing(msgspec.Struct, frozen=True, kw_only=True):
     live: Count
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True):
+# gc=False: what holds numbers and bytes alone is no part of a cycle, and there are many.
+class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Counters of one executable, cumulative since the epoch began; None: not measured.
 
     The order of the fields is the order of the columns on the wire (FIELDS).

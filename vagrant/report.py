@@ -15,9 +15,10 @@ booted in qemu without KVM, on one or two CPUs that are ten to twenty times slow
 and shared with other work. There the wheel is installed, workloads are measured, a job's unit is
 started by the Prolog, ended by the Epilog and shipped to a receiver, and the kernel's ledger and
 split tests run with each loader: every case, with fewer repetitions (`SAMS_TEST_SCALE=20`, see
-`tests/support/scale.py`) and the same bounds but for two: tasks that move may be off by more ticks,
-and in mid-life, while the collector waits for a CPU, the difference is shown and not judged. Rows
-and parts that were not run say why. The same table makes the boxes of `vagrant/Vagrantfile`.
+`tests/support/scale.py`) and the same bounds but for three: tasks that move, and tasks that run
+while they are taken up, may be off by more ticks; and in mid-life, while the collector waits for a
+CPU, the difference is shown and not judged. Rows and parts that were not run say why. The same
+table makes the boxes of `vagrant/Vagrantfile`.
 
 A row runs in parts of five to fifteen minutes, and a part can be run by itself:
 `make test-vm VM=debian-12-v2:bcc-split`. The first run makes the disk (5 GB below `.cache/vm`).

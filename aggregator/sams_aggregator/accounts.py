@@ -23,6 +23,7 @@ from sams_aggregator import manifest, nodelist, tables
 from sams_aggregator.manifest import Manifest, Store
 from sams_aggregator.months import of_zone
 from sams_aggregator.tables import SetWriter, integers
+from sams_ebpf.errors import SamsError
 
 DERIVED: Final = "derived"
 _SEMANTICS: Final = 1  # raise it when the same facts would give other accounts
@@ -55,9 +56,13 @@ class Accounts(NamedTuple):
 
     folder: Path
 
+    def path(self, table: str) -> Path:
+        """The Parquet file of one of TABLES."""
+        return self.folder / f"{table}{tables.SUFFIX}"
+
     def source(self, table: str) -> str:
-        """SQL for the rows of `run`, `account`, `path` or `head`."""
-        return f"read_parquet({tables.quoted(self.folder / f'{table}{tables.SUFFIX}')})"
+        """SQL for its rows."""
+        return f"read_parquet({tables.quoted(self.path(table))})"
 
 
 TABLES: Final = ("run", "account", "path", "member")
@@ -81,6 +86,17 @@ def ready(view: Manifest, site: Site) -> Accounts | None:
     return made if _there(made) else None
 
 
+def damaged(said: str) -> SamsError:
+    """What a reader says of files of facts or accounts, with what to do about it."""
+    text = " ".join(said.split())[:500]
+    way = (
+        f"delete the folder `{DERIVED}`: it is made again from the facts"
+        if f"/{DERIVED}/" in text
+        else "`reprocess --replace` makes facts again that are damaged or gone"
+    )
+    return SamsError(f"facts: {text} ({way})")
+
+
 def _place(view: Manifest, site: Site) -> Accounts:
     key = repr((_SEMANTICS, view.fingerprint, *site)).encode()
     name = blake2b(key, digest_size=12).hexdigest()
@@ -88,7 +104,7 @@ def _place(view: Manifest, site: Site) -> Accounts:
 
 
 def _there(made: Accounts) -> bool:
-    return all((made.folder / f"{name}{tables.SUFFIX}").exists() for name in TABLES)
+    return all(made.path(name).exists() for name in TABLES)
 
 
 def _make(view: Manifest, site: Site, base: Path, key: str) -> None:
@@ -102,7 +118,7 @@ def _make(view: Manifest, site: Site, base: Path, key: str) -> None:
                 connection,
                 f'SELECT * FROM "{name}"' + (f" ORDER BY {order}" if order else ""),
                 writer.path(name),
-                row_group=_WIDE_ROWS if name in ("run", "member") else tables.ROW_GROUP,
+                row_group=_WIDE_ROWS if name in ("run", "member") else tables.LOOKED_UP_ROWS,
             )
         connection.close()
         writer.finish()

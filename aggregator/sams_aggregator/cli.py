@@ -316,14 +316,8 @@ def later(module: str, function: str = "command") -> Callable[[argparse.Namespac
             where = f"{error.filename}: " if error.filename is not None else ""
             raise SamsError(f"{where}{error.strerror or error}") from error
         except duckdb.Error as error:
-            from sams_aggregator.accounts import DERIVED  # noqa: PLC0415 - is imported by now
+            from sams_aggregator.accounts import damaged  # noqa: PLC0415 - is imported by now
 
-            said = " ".join(str(error).partition("\nLINE 1:")[0].split())[:500]
-            way = (
-                "delete the folder `derived`: it is made again from the facts"
-                if f"/{DERIVED}/" in said
-                else "`reprocess --replace` makes facts again that are damaged or gone"
-            )
-            raise SamsError(f"facts: {said} ({way})") from error
+            raise damaged(str(error).partition("\nLINE 1:")[0]) from error
 
     return handler

@@ -127,7 +127,7 @@ def gc(store: Store, grace_s: int) -> tuple[int, int]:
 def gc_command(arguments: argparse.Namespace) -> int:
     """`gc`."""
     config = cfg.load(arguments)
-    state = st.open_state(config.aggregator)
+    state = st.open_existing(config.aggregator)
     try:
         number, size = gc(Store(state, config.aggregator.data), arguments.grace)
     finally:

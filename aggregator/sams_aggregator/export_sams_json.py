@@ -55,7 +55,7 @@ def command(arguments: argparse.Namespace) -> int:
     """`export-sams-json`."""
     config = cfg.load(arguments)
     since_ns = moment(arguments.since, config.aggregator.timezone)
-    state = st.open_state(config.aggregator)
+    state = st.open_existing(config.aggregator)
     written = 0
     try:
         runs, left_out = _runs(Store(state, config.aggregator.data), config, since_ns)

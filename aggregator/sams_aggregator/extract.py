@@ -32,7 +32,7 @@ def command(arguments: argparse.Namespace) -> int:
     if folder is None and not looking:
         raise UsageError("aggregator.extract.output: not set; name a folder there or by --output")
     rules = software.load_rules(config, software.config_file(arguments))
-    state = st.open_state(part)
+    state = st.open_existing(part)
     try:
         with outbox.only_one(part.data):
             writer = None if looking or folder is None else _Writer(state, config, folder)

@@ -6,10 +6,10 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Final
 
-from sams_aggregator import accounts, manifest, sams_xml, show, software, tables
+from sams_aggregator import accounts, lookup, manifest, sams_xml, show, software, tables
 from sams_aggregator.accounts import Site
 from sams_aggregator.manifest import Manifest, Store
 from sams_aggregator.rules import Rules
@@ -60,19 +60,16 @@ class _Job:
     """Every run of one job id, with its epochs and accounts.
 
     From the accounts of all runs where these are up to date, else worked out for this job
-    alone. Few statements and no tables: each statement takes longer than what it reads.
+    alone.
     """
 
     def __init__(self, view: Manifest, site: Site, job_id: int, cluster: str | None) -> None:
         self._view = view
-        self._connection = tables.connect(threads=1)
         self._made = accounts.ready(view, site)
         if self._made is None:
+            self._connection = tables.connect(threads=1)
             accounts.build(self._connection, view.of_jobs([job_id]), site, job_id=job_id)
-        every = self.rows(
-            f"SELECT * FROM {self._source('run')} WHERE job_id = {int(job_id)}"
-            " ORDER BY start_ns NULLS FIRST, run"
-        )
+        every = self._rows("run", "job_id", [job_id])
         clusters = sorted({run["cluster"] or "(none)" for run in every})
         if cluster is None and len(clusters) > 1:
             raise UsageError(
@@ -80,84 +77,89 @@ class _Job:
                 " choose with --cluster"
             )
         self.runs = [run for run in every if cluster in (None, run["cluster"])]
-        self.members: list[dict[str, Any]] = []
-        self.accounts: list[dict[str, Any]] = []
-        self._paths: dict[int, bytes] = {}
-        if self.runs:
-            self._read()
-
-    def _read(self) -> None:
-        numbers = f"run IN ({', '.join(str(int(run['run'])) for run in self.runs)})"
-        self.members = self.rows(
-            f"SELECT * FROM {self._source('member')} WHERE {numbers}"
-            " ORDER BY run, node, begin_ns, epoch"
+        self.runs.sort(
+            key=lambda one: (one["start_ns"] is not None, one["start_ns"] or 0, one["run"])
         )
-        self.accounts = self.rows(
-            f"SELECT run, class, path_id, flags, cpu_ns::HUGEINT AS cpu_ns, core_us"
-            f" FROM {self._source('account')} WHERE {numbers}"
-        )
+        numbers = [run["run"] for run in self.runs]
+        self.members = self._rows("member", "run", numbers)
+        self.members.sort(key=lambda one: [(one[name] is None, one[name]) for name in _MEMBERS])
+        self.accounts = self._rows("account", "run", numbers)
         ids = {one["path_id"] for one in self.accounts} - {None}
-        if ids:
-            found = self._connection.execute(
-                f"SELECT path_id, path FROM {self._source('path')}"
-                f" WHERE path_id IN ({', '.join(map(str, ids))})"
-            )
-            self._paths = dict(found.fetchall())
+        self._paths = {one["path_id"]: one["path"] for one in self._rows("path", "path_id", ids)}
 
-    def rows(self, query: str) -> list[dict[str, Any]]:
-        """Rows of a query by the names of its columns."""
-        cursor = self._connection.execute(query)
+    def _rows(self, table: str, column: str, wanted: Collection[int]) -> list[dict[str, Any]]:
+        if self._made is not None:
+            return lookup.rows(self._made.path(table), column, wanted)
+        numbers = ", ".join(str(int(one)) for one in wanted) or "NULL"
+        cursor = self._connection.execute(f'SELECT * FROM "{table}" WHERE {column} IN ({numbers})')
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
-    def _source(self, table: str) -> str:
-        return f'"{table}"' if self._made is None else self._made.source(table)
-
-    def facts(self, table: str) -> str:
-        """SQL for the rows of `totals` or `points` about the epochs of its runs, all of them."""
-        epochs = ", ".join({f"unhex('{one['epoch'].hex()}')" for one in self.members}) or "NULL"
+    def facts(self, table: str) -> list[dict[str, Any]]:
+        """Rows of `totals` or `points` about the epochs of its runs: those that count."""
+        epochs = {one["epoch"] for one in self.members}
         # The job id beside an epoch is there to find its sets and row groups by.
-        ids = sorted({one["job_id"] for one in self.members} - {None})
-        view = self._view.of_jobs(ids)
-        where = f"job_id IN ({', '.join(map(str, ids)) or 'NULL'})"
-        if any(one.low_job is None for one in view.sets):
-            where = f"({where} OR job_id IS NULL)"
-        return f"(SELECT * FROM {view.source(table)} WHERE {where} AND epoch IN ({epochs}))"
+        ids = {one["job_id"] for one in self.members} - {None}
+        view = self._view.of_jobs(sorted(ids))
+        nulls = any(one.low_job is None for one in view.sets)
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for path in view.files(table) if epochs else ():
+            for row in lookup.rows(path, "job_id", ids, nulls=nulls, epochs=epochs):
+                key = tuple(row[name] for name in tables.KEYS[table])
+                old = found.setdefault(key, row)
+                if order(old) < order(row):
+                    found[key] = row
+        return list(found.values())
 
     def executables(self) -> dict[int, list[dict[str, Any]]]:
         """By run: the last counters of each executable, the most CPU first."""
-        said: dict[int, list[dict[str, Any]]] = {run["run"]: [] for run in self.runs}
-        if not self.members:
-            return said
         core: dict[tuple[int, bytes, int], int] = {}
         for one in self.accounts:
             if one["path_id"] is not None:
                 key = (one["run"], self._paths[one["path_id"]], one["flags"])
                 core[key] = core.get(key, 0) + one["core_us"]
-        sums = ", ".join(
-            f"{'max' if name in wire.MAXIMA else 'sum'}({name}) AS {name}" for name in wire.COUNTERS
-        )
-        of_run = ", ".join(f"(unhex('{m['epoch'].hex()}'), {m['run']})" for m in self.members)
-        found = self.rows(
-            f"""
-            SELECT run, path, flags, max(script) AS script, {sums}
-            FROM (
-                SELECT * FROM {self.facts("totals")}
-                QUALIFY row_number() OVER (PARTITION BY epoch, path, flags
-                    ORDER BY generation DESC, sequence DESC, tie DESC) = 1
-            ) JOIN (VALUES {of_run}) member (epoch, run) USING (epoch)
-            GROUP BY run, path, flags ORDER BY cpu_ns DESC, path, flags
-            """
-        )
-        for one in found:
-            run = one.pop("run")
-            one["core_us"] = core.get((run, one["path"], one["flags"]))
-            one["script"] = None if one["script"] is None else paths.show(one["script"])
-            one["flags"] = [name for bit, name in wire.FLAG_NAMES.items() if one["flags"] & bit]
-            for name in (*wire.COUNTERS, "core_us"):
-                one[name] = None if one[name] is None else int(one[name])
-            said[run].append(one)
+        newest: dict[tuple[bytes, bytes, int], dict[str, Any]] = {}
+        for row in sorted(self.facts("totals"), key=order):  # a row for each month
+            newest[row["epoch"], row["path"], row["flags"]] = row
+        run_of = {one["epoch"]: one["run"] for one in self.members}
+        of_run: dict[tuple[int, bytes, int], list[dict[str, Any]]] = {}
+        for row in newest.values():
+            of_run.setdefault((run_of[row["epoch"]], row["path"], row["flags"]), []).append(row)
+        summed = [(key, {name: _over_epochs(name, rows) for name in wire.COUNTERS}, rows)
+                  for key, rows in of_run.items()]  # fmt: skip
+        summed.sort(key=lambda one: (-(one[1]["cpu_ns"] or 0), *one[0][1:]))
+        said: dict[int, list[dict[str, Any]]] = {run["run"]: [] for run in self.runs}
+        for (run, path, flags), sums, rows in summed:
+            scripts = [row["script"] for row in rows if row["script"] is not None]
+            said[run].append(
+                {
+                    "path": path,
+                    "flags": _flag_names(flags),
+                    "script": paths.show(max(scripts)) if scripts else None,
+                    **sums,
+                    "core_us": core.get((run, path, flags)),
+                }
+            )
         return said
+
+
+_MEMBERS: Final = ("run", "node", "begin_ns", "epoch")
+
+
+def order(row: dict[str, Any]) -> tuple[int, int, int]:
+    """What tells which of several rows of an epoch is the later one."""
+    return row["generation"], row["sequence"], row["tie"]
+
+
+def _over_epochs(name: str, rows: Iterable[dict[str, Any]]) -> int | None:
+    values: list[int] = [row[name] for row in rows if row[name] is not None]
+    if not values:
+        return None
+    return max(values) if name in wire.MAXIMA else sum(values)
+
+
+def _flag_names(flags: int) -> list[str]:
+    return [name for bit, name in wire.FLAG_NAMES.items() if flags & bit]
 
 
 def _run(
@@ -360,18 +362,24 @@ def timeline(view: Manifest, site: Site, job_id: int, cluster: str | None) -> Re
     """CPU of each executable and node in each interval, as differences of the kept points."""
     found = _Job(view, site, job_id, cluster)
     of = {one["epoch"]: (one["run"], one["node"]) for one in found.members}
-    rows = found.rows(
-        f"""
-        SELECT epoch, end_ns, path, flags, cpu_ns AS total_cpu_ns,
-            cpu_ns - coalesce(lag(cpu_ns) OVER (PARTITION BY epoch, path, flags
-                ORDER BY generation, sequence, tie), 0) AS cpu_ns
-        FROM {tables.latest("points", found.facts("points"))} ORDER BY end_ns, path, flags, epoch
-        """
-    )
-    for row in rows:
-        row["run"], row["node"] = of[row.pop("epoch")]
-        row["time"] = time_text(row.pop("end_ns"))
-        row["flags"] = [name for bit, name in wire.FLAG_NAMES.items() if row["flags"] & bit]
-    rows.sort(key=lambda row: (row["run"], row["node"] is None, row["node"]))
+    before: dict[tuple[bytes, bytes, int], int] = {}
+    rows = []
+    for point in sorted(found.facts("points"), key=order):
+        epoch, path, flags, total = (point[name] for name in ("epoch", "path", "flags", "cpu_ns"))
+        run, node = of[epoch]
+        rows.append(
+            {
+                "run": run,
+                "node": node,
+                "time": time_text(point["end_ns"]),
+                "path": path,
+                "flags": _flag_names(flags),
+                "cpu_ns": total - before.get((epoch, path, flags), 0),
+                "total_cpu_ns": total,
+                "order": (run, node is None, node or "", point["end_ns"], path, flags, epoch),
+            }
+        )
+        before[epoch, path, flags] = total
+    rows.sort(key=lambda row: row["order"])
     names = ("run", "node", "time", "path", "flags", "cpu_ns", "total_cpu_ns")
     return Report([Column(name, name, right=name.endswith("ns")) for name in names], rows)

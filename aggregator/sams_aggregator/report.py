@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from sams_aggregator import accounts, job, manifest, months, show, software, sums, tables
+from sams_aggregator import accounts, job, latest, manifest, months, show, software, sums, tables
 from sams_aggregator import config as cfg
 from sams_aggregator import state as st
 from sams_aggregator.accounts import Accounts
@@ -80,7 +82,7 @@ def command(arguments: argparse.Namespace) -> int:
     form = arguments.format or ("json" if arguments.json else "table")
     chosen, keys = filter_of(arguments), keys_of(arguments)
     show.check(form, arguments.output)
-    state = st.open_state(config.aggregator)
+    state = st.open_existing(config.aggregator)
     try:
         store = Store(state, config.aggregator.data)
         site = site_of(config)
@@ -410,24 +412,23 @@ def _of_runs(
     chosen: Filter,
 ) -> tuple[tables.Column, dict[str, list[Any]], list[tables.Column]]:
     """By run: its `who`, -1 for what is not chosen; names by `who`; which run, and are partial."""
-    columns = {name: _OF_RUN[name] for name in of_run}
-    connection.execute(f"""
-        CREATE OR REPLACE TEMP TABLE who_of AS
-        SELECT run, coalesce(running, false) AS running, coalesce({PARTIAL}, false) AS partial,
-            dense_rank() OVER (ORDER BY {", ".join(columns.values()) or "1"}) - 1 AS who
+    columns = "".join(f", {_OF_RUN[name]} AS {name}" for name in of_run)
+    found = connection.execute(f"""
+        SELECT run AS number, coalesce(running, false)::TINYINT AS is_running,
+            coalesce({PARTIAL}, false)::TINYINT AS is_partial {columns}
         FROM run r {_where(Filter(chosen.cluster))}
-    """)
-    found = connection.execute("SELECT * FROM who_of").fetchnumpy()
+    """).to_arrow_table()
+    run = found["number"].to_numpy()
     size = connection.execute("SELECT coalesce(max(run), 0) + 1 FROM run").fetchone()[0]
+    numbers, names = _together(found, of_run)
     who = np.full(size, -1, dtype=np.int64)
-    who[found["run"]] = found["who"]
+    who[run] = numbers
     marks = []
-    for name in ("running", "partial"):
+    for name in ("is_running", "is_partial"):
         mark = np.zeros(size, dtype=bool)
-        mark[found["run"]] = found[name]
+        mark[run] = found[name].to_numpy()
         marks.append(mark)
-    joined = "run JOIN (SELECT run, who FROM who_of) USING (run)"
-    return who, _names(connection, joined, "who", columns), marks
+    return who, names, marks
 
 
 def _of_paths(
@@ -435,33 +436,29 @@ def _of_paths(
     of_software: Sequence[str],
 ) -> tuple[tables.Column, dict[str, list[Any]]]:
     """By path: its `what`; names by `what`, behind which those of KINDS come, without software."""
-    columns = {name: name for name in ("kind", *of_software)}
-    connection.execute(f"""
-        CREATE OR REPLACE TEMP TABLE what_of AS
-        SELECT *, dense_rank() OVER (ORDER BY {", ".join(columns)}) - 1 AS what FROM soft
-    """)
-    found = connection.execute("SELECT path_id, what FROM what_of").fetchnumpy()
-    what = np.zeros(int(found["path_id"].max(initial=0)) + 1, dtype=np.int64)
-    what[found["path_id"]] = found["what"]
-    names = _names(connection, "what_of", "what", columns)
+    columns = ("kind", *of_software)
+    found = connection.execute(f"SELECT path_id, {', '.join(columns)} FROM soft").to_arrow_table()
+    path = found["path_id"].to_numpy()
+    numbers, names = _together(found, columns)
+    what = np.zeros(int(path.max(initial=0)) + 1, dtype=np.int64)
+    what[path] = numbers
     for name in columns:
         names[name] += KINDS if name == "kind" else [None] * len(KINDS)
     return what, names
 
 
-def _names(
-    connection: Any,  # noqa: ANN401
-    table: str,
-    number: str,
-    columns: dict[str, str],
-) -> dict[str, list[Any]]:
-    """What the numbers stand for, by key."""
+def _together(
+    found: pa.Table, columns: Sequence[str]
+) -> tuple[tables.Column, dict[str, list[Any]]]:
+    """One number from 0 on for each row, by what these columns say; and what it stands for."""
     if not columns:
-        return {}
-    picked = ", ".join(f"any_value({column})" for column in columns.values())
-    query = f"SELECT {picked} FROM {table} GROUP BY {number} ORDER BY {number}"
-    rows = connection.execute(query).fetchall()
-    return {name: [row[at] for row in rows] for at, name in enumerate(columns)}
+        return np.zeros(len(found), dtype=np.int64), {}
+    codes = []
+    for name in columns:
+        numbers = found[name].combine_chunks().dictionary_encode().indices
+        codes.append(pc.fill_null(numbers, -1).to_numpy().astype(np.int64) + 1)
+    _, first, number = np.unique(latest.numbered(codes), return_index=True, return_inverse=True)
+    return number, {name: found[name].take(first).to_pylist() for name in columns}
 
 
 def _account_parts(
@@ -492,7 +489,7 @@ def _account_parts(
                 np.where(kind == kinds, what[path], behind + kind),
                 *(numbering(batch.column(name).to_numpy()) for name, numbering in own.items()),
             ],
-            [*sums.pieces(batch.column("cpu_ns")), *sums.pieces(batch.column("core_us"))],
+            [sums.words(batch.column("cpu_ns")), sums.words(batch.column("core_us"))],
         )
         here = rows.keys[0] >= 0
         yield rows if here.all() else rows.only(here)

@@ -42,7 +42,7 @@ def update_command(arguments: argparse.Namespace) -> int:
     """`software update`."""
     config = cfg.load(arguments)
     rules = load_rules(config, config_file(arguments), arguments.rules)
-    state = st.open_state(config.aggregator)
+    state = st.open_existing(config.aggregator)
     try:
         for text in rules.warnings:
             print(f"note: {text}", file=sys.stderr)
@@ -113,7 +113,7 @@ def undetermined_command(arguments: argparse.Namespace) -> int:
     """`software undetermined`."""
     config = cfg.load(arguments)
     rules = load_rules(config, config_file(arguments), arguments.rules)
-    state = st.open_state(config.aggregator)
+    state = st.open_existing(config.aggregator)
     try:
         every = [path for path in all_paths(state) if path]
         for path, software in zip(every, rules.map_many(every), strict=True):
@@ -177,7 +177,7 @@ class _Chosen:
         if arguments.software is not None:
             self._software = compile_glob(arguments.software)
         self.config = cfg.load(arguments)
-        self.state = st.open_state(self.config.aggregator)
+        self.state = st.open_existing(self.config.aggregator)
         self.store = Store(self.state, self.config.aggregator.data)
 
     def rows(self) -> list[tuple[bytes, Software | None]]:

@@ -184,8 +184,14 @@ class State:
         """Insert rows (dicts); those whose key is there already are left alone."""
         if not rows:
             return
-        insert = self.insert(table).on_conflict_do_nothing()
-        connection.execute(insert, rows)
+        insert = self.insert(table).values(dict.fromkeys(rows[0])).on_conflict_do_nothing()
+        if not self.sqlite:
+            connection.execute(insert, rows)
+            return
+        # To convert each value, which SQLite takes as it is, would take longer than to insert it.
+        plain = insert.compile(dialect=connection.dialect)
+        names = plain.positiontup
+        connection.exec_driver_sql(str(plain), [tuple(row[name] for name in names) for row in rows])
 
     def insert(self, table: sa.Table) -> Any:  # noqa: ANN401 - differs with the dialect
         """An insert statement that knows `on_conflict_…`."""
@@ -214,6 +220,13 @@ def open_state(part: cfg.Aggregator) -> State:
         state.close()
         raise
     return state
+
+
+def open_existing(part: cfg.Aggregator) -> State:
+    """The same for all that reads what an ingest has made: makes no folder of a mistyped name."""
+    if not part.data.is_dir():
+        raise UsageError(f"{part.data}: no such folder; `ingest` and `reprocess` make it")
+    return open_state(part)
 
 
 def migrate(state: State) -> None:

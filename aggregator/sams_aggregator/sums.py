@@ -1,7 +1,7 @@
 """Exact sums by small numbers over rows that come in the order of their runs.
 
 A part at a time, so that no more is held than a part and the groups. Amounts may be larger
-than 64 bits: they are added up in pieces of 32.
+than 64 bits: where that could be, they are added up in pieces of 32.
 """
 
 from __future__ import annotations
@@ -17,22 +17,27 @@ from sams_aggregator.tables import Column
 
 _BITS: Final = 32
 _LOW: Final = (1 << _BITS) - 1
+_FITS: Final = 2**62  # no sum of some of the rows is more than 64 bits hold, rounding included
 _GROUPS: Final = 4_000_000  # so many are merged before more rows are taken
 
 
+# An amount of each row as columns of 64 bits, the lowest first; the last one has the sign.
+Words = tuple[Column, ...]
+
+
 class Rows(NamedTuple):
-    """Rows of some runs: keys are integers from 0 on; amounts as of `pieces`."""
+    """Rows of some runs: keys are integers from 0 on; amounts as of `words`."""
 
     run: Column
     keys: list[Column]
-    amounts: list[Column]
+    amounts: list[Words]
 
     def only(self, where: Column | slice) -> Rows:
         """Some of them: by a mask, or from one to another."""
         return Rows(
             self.run[where],
             [key[where] for key in self.keys],
-            [amount[where] for amount in self.amounts],
+            [tuple(word[where] for word in amount) for amount in self.amounts],
         )
 
 
@@ -44,10 +49,11 @@ class Numbering:
 
     def __call__(self, values: Column) -> Column:
         """The number of each."""
-        found, where = np.unique(values, return_inverse=True)
+        found = pa.array(values).dictionary_encode()
         known = self._known
-        numbers = [known.setdefault(value, len(known)) for value in found.tolist()]
-        return np.array(numbers, dtype=np.int64)[where]
+        numbers = [known.setdefault(value, len(known)) for value in found.dictionary.to_pylist()]
+        column: Column = np.array(numbers, dtype=np.int64)[found.indices.to_numpy()]
+        return column
 
     @property
     def values(self) -> list[int]:
@@ -84,23 +90,23 @@ class Sums(NamedTuple):
         return whole
 
 
-def pieces(column: pa.ChunkedArray | pa.Array) -> list[Column]:
-    """An amount as columns of its lowest 32 bits, the next, …: of int64 two, of decimals four.
-
-    The last one has the sign; no row is null.
-    """
+def words(column: pa.ChunkedArray | pa.Array) -> Words:
+    """An amount as words: of int64 one, of decimals two. No row is null."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    words = 2 if pa.types.is_decimal(column.type) else 1
-    begin, end = column.offset * words, (column.offset + len(column)) * words
+    count = 2 if pa.types.is_decimal(column.type) else 1
+    begin, end = column.offset * count, (column.offset + len(column)) * count
     plain = np.frombuffer(column.buffers()[1], dtype="<i8")[begin:end]
+    return tuple(plain[word::count] for word in range(count))
+
+
+def _pieces(amount: Words) -> list[Column]:
+    """Words in pieces of 32 bits, which can be added up without getting too large."""
+    *lower, last = amount
     found = []
-    for word in range(words):
-        value = plain[word::words]
-        found += [value & _LOW, value >> _BITS]
-        if word < words - 1:
-            found[-1] &= _LOW
-    return found
+    for word in lower:
+        found += [word & _LOW, (word >> _BITS) & _LOW]
+    return [*found, last & _LOW, last >> _BITS]
 
 
 def by_keys(parts: Iterable[Rows], marks: Sequence[Column]) -> Sums | None:
@@ -137,13 +143,16 @@ def _joined(one: Rows, other: Rows) -> Rows:
     return Rows(
         np.append(one.run, other.run),
         [np.append(*pair) for pair in zip(one.keys, other.keys, strict=True)],
-        [np.append(*pair) for pair in zip(one.amounts, other.amounts, strict=True)],
+        [
+            tuple(np.append(*pair) for pair in zip(*both, strict=True))
+            for both in zip(one.amounts, other.amounts, strict=True)
+        ],
     )
 
 
 def _grouped(rows: Rows, marks: Sequence[Column]) -> Sums:
     number = latest.numbered(rows.keys)
-    order = np.argsort(number, kind="stable")
+    order = latest.order_of(number)
     ordered, run = number[order], rows.run[order]
     first = np.flatnonzero(latest.starts(ordered))
     # Within a group, too, the rows of a run stand together.
@@ -152,8 +161,18 @@ def _grouped(rows: Rows, marks: Sequence[Column]) -> Sums:
         [key[order[first]] for key in rows.keys],
         _added(once.astype(np.int64), first),
         [_added((once & mark[run]).astype(np.int64), first) for mark in marks],
-        [_added(amount[order], first) for amount in rows.amounts],
+        [piece for amount in rows.amounts for piece in _sums(amount, order, first)],
     )
+
+
+def _sums(amount: Words, order: Column, first: Column) -> list[Column]:
+    """Pieces of the sums of groups of rows."""
+    low, *rest = amount
+    sign = low >> 63
+    if not any((word != sign).any() for word in rest) and np.abs(low, dtype=float).sum() < _FITS:
+        total = _added(low[order], first)
+        return _pieces((total, *(total >> 63 for _ in rest)))
+    return [_added(piece[order], first) for piece in _pieces(amount)]
 
 
 def _merged(done: list[Sums]) -> Sums:
@@ -169,7 +188,7 @@ def _merged(done: list[Sums]) -> Sums:
         )
     )
     number = latest.numbered(keys)
-    order = np.argsort(number, kind="stable")
+    order = latest.order_of(number)
     first = np.flatnonzero(latest.starts(number[order]))
     return Sums(
         [key[order[first]] for key in keys],

@@ -100,6 +100,8 @@ SORTED_BY: Final[dict[str, str]] = {
 }
 
 ROW_GROUP: Final = 40_960
+# Of files that look-ups read a row group of; still smaller ones are slower to go through.
+LOOKED_UP_ROWS: Final = 16_384
 # What DuckDB may take where it goes through everything; beyond, it uses the disk.
 MEMORY: Final = "2GB"
 _LINES: Final = 10_000
@@ -227,7 +229,7 @@ def copy(
     path: Path,
     *,
     level: int = 1,
-    row_group: int = ROW_GROUP,
+    row_group: int = LOOKED_UP_ROWS,
 ) -> None:
     """Write the rows of a query to a Parquet file."""
     connection.execute(

@@ -14,7 +14,7 @@ from sams_ebpf.errors import SamsError
 def command(arguments: argparse.Namespace) -> int:
     """`timeline`."""
     config = cfg.load(arguments)
-    state = st.open_state(config.aggregator)
+    state = st.open_existing(config.aggregator)
     try:
         view = manifest.read(Store(state, config.aggregator.data))
         found = job.timeline(view, report.site_of(config), arguments.job, arguments.cluster)

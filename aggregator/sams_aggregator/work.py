@@ -425,7 +425,7 @@ class _Rows:
     ) -> Column:
         """Make the columns of a table of counters; returns which of the records are in it."""
         # In the order of jobs, so that a look-up reads little of it.
-        chosen = chosen[np.argsort(self._jobs[self._epoch[chosen]], kind="stable")]
+        chosen = chosen[latest.order_of(self._jobs[self._epoch[chosen]])]
         place = np.searchsorted(wanted, chosen)
         counts = np.diff(found.first)[place]
         rows = records.ranges(found.first[place], counts)

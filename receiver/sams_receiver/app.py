@@ -14,8 +14,8 @@ import random
 import re
 import ssl
 import time
-from collections.abc import Mapping
-from typing import Annotated, Final, NamedTuple
+from functools import lru_cache
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 from aiohttp import HttpVersion11, hdrs, web
@@ -29,7 +29,7 @@ from sams_receiver.archive import Flag, Item, Kind, SyncFailedError
 from sams_receiver.archive import format as fmt
 from sams_receiver.archive.aside import Aside
 from sams_receiver.archive.seen import Verdict
-from sams_receiver.auth import Client, DeniedError, Door, read_proxy_secret, split_basic
+from sams_receiver.auth import Client, DeniedError, Door, Pass, read_proxy_secret, split_basic
 from sams_receiver.config import Listener, Receiver
 from sams_receiver.metrics import CONTENT_TYPE, Metrics
 from sams_receiver.quota import Daily, Rate, short_name
@@ -109,27 +109,34 @@ class App:
 
     # -- who ---------------------------------------------------------------------------
 
-    async def _admit(self, request: web.BaseRequest, front: Front) -> Client:
-        now = time.monotonic()
-        try:
-            client = await self._identify(request, front)
-        except DeniedError as denied:
-            peer = front.peer(request)
-            seldom = self.denied(str(denied.status), peer or "a proxy's client", denied.reason)
-            if peer is not None and not seldom:
-                raise self._too_many_failures() from denied
-            text = "who are you?" if denied.status == 401 else "not allowed"
-            raise Refusal(denied.status, text) from denied
+    async def _admit(
+        self, request: web.BaseRequest, front: Front, connection: Connection
+    ) -> Client:
+        held, peer = connection.held, connection.peer
+        if held is not None and self.door.again(held, request.headers.get(hdrs.AUTHORIZATION, "")):
+            client = held.client
+        else:
+            try:
+                client = await self._identify(request, front, connection)
+            except DeniedError as denied:
+                seldom = self.denied(str(denied.status), peer or "a proxy's client", denied.reason)
+                if peer is not None and not seldom:
+                    raise self._too_many_failures() from denied
+                text = "who are you?" if denied.status == 401 else "not allowed"
+                raise Refusal(denied.status, text) from denied
         # Where nodes share one name the address tells them apart, if there is one.
-        shared = client.node is None and front.peer(request)
-        wait = self._rate.take(f"{client.method} {client.name} {shared or ''}", now)
+        shared = peer if client.node is None else None
+        wait = self._rate.take(f"{client.method} {client.name} {shared or ''}", time.monotonic())
         if wait:
             self.metrics.limited.labels("rate").inc()
             raise Refusal(429, "too many requests", retry=wait)
-        front.admitted(request)
+        front.admitted(connection)
         return client
 
-    async def _identify(self, request: web.BaseRequest, front: Front) -> Client:
+    async def _identify(
+        self, request: web.BaseRequest, front: Front, connection: Connection
+    ) -> Client:
+        connection.held = None
         if front.listener.proxy is not None:
             client = self.door.by_proxy(
                 request.headers, front.listener.proxy.header, front.proxy_secret
@@ -142,9 +149,14 @@ class App:
             client = self.door.by_certificate(certificate)
             if client is not None:
                 return client
-        kind, _, value = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        header = request.headers.get(hdrs.AUTHORIZATION, "")
+        kind, _, value = header.partition(" ")
         if kind.lower() == "bearer":
-            return self.door.by_token(value.strip())
+            found = self.door.by_token(header)
+            if front.listener.proxy is None:
+                # A proxy may name another client next time; a certificate stays what it is.
+                connection.held = found
+            return found.client
         if kind.lower() == "basic":
             user, password = split_basic(value.strip())
             known = self.door.by_known_password(user, password)
@@ -152,7 +164,7 @@ class App:
                 return known
             # Whoever is known already is let in whatever others at this address do; only what
             # costs something to look at is not looked at any more.
-            peer = front.peer(request)
+            peer = connection.peer
             if peer is not None and self._failures.empty(peer, time.monotonic()):
                 raise self._too_many_failures()
             async with self._passwords:
@@ -173,7 +185,9 @@ class App:
 
     # -- what --------------------------------------------------------------------------
 
-    async def handle(self, request: web.BaseRequest, front: Front) -> web.StreamResponse:
+    async def handle(
+        self, request: web.BaseRequest, front: Front, connection: Connection
+    ) -> web.StreamResponse:
         """Answer one request."""
         what = "other"
         response: web.StreamResponse
@@ -182,7 +196,7 @@ class App:
             if path == "/v1/batches":
                 what = "batch"
                 _wants(method, "POST")
-                response = await self._take(request, front, None)
+                response = await self._take(request, front, connection, None)
             elif path == "/healthz":
                 what = "health"
                 _wants(method, "GET")
@@ -190,12 +204,12 @@ class App:
             elif path == "/metrics":
                 what = "metrics"
                 _wants(method, "GET")
-                response = await self._metrics(request, front)
+                response = await self._metrics(request, front, connection)
             else:
                 place = self._upstream_place(request.raw_path)
                 what = "upstream"
                 _wants(method, "POST")
-                response = await self._take(request, front, place)
+                response = await self._take(request, front, connection, place)
         except Refusal as refusal:
             response = _refuse(refusal)
             if refusal.status in (401, 413) or self.stopping or not request.content.is_eof():
@@ -212,13 +226,20 @@ class App:
         return match[1], match[2]
 
     async def _take(
-        self, request: web.BaseRequest, front: Front, upstream: tuple[str, str] | None
+        self,
+        request: web.BaseRequest,
+        front: Front,
+        connection: Connection,
+        upstream: tuple[str, str] | None,
     ) -> web.StreamResponse:
         store = self.store
         if self.stopping or store is None:
             raise Refusal(503, "stopping", retry=_RETRY_SECONDS)
-        client = await self._admit(request, front)
-        encoding = _check_headers(request, upstream)
+        client = await self._admit(request, front, connection)
+        headers = request.headers
+        if upstream is None:
+            _check_type(headers.get(hdrs.CONTENT_TYPE, ""))
+        encoding = _check_encoding(headers.get(hdrs.CONTENT_ENCODING, "identity"))
         length = request.content_length
         if length is not None and length > self._limits.body_bytes:
             raise Refusal(413, f"a body of {length} bytes: {self._limits.body_bytes} are taken")
@@ -404,9 +425,11 @@ class App:
             return _answer(503, b'{"status":"cannot store"}\n')
         return _answer(200, b'{"status":"ok"}\n')
 
-    async def _metrics(self, request: web.BaseRequest, front: Front) -> web.Response:
+    async def _metrics(
+        self, request: web.BaseRequest, front: Front, connection: Connection
+    ) -> web.Response:
         if not front.listener.local:
-            await self._admit(request, front)
+            await self._admit(request, front, connection)
         metrics = self.metrics
         metrics.in_flight.set(self._in_flight)
         metrics.aside.set(self.aside.bytes)
@@ -414,6 +437,30 @@ class App:
             metrics.free.set(self.store.free_bytes)
             metrics.digests.set(self.store.in_memory)
         return web.Response(body=metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+
+class _Protocol(RequestHandler):
+    """A connection as aiohttp has it, but that parses again only after a pause.
+
+    aiohttp feeds its parser once more whenever a body was read, a twentieth of a request's time.
+    """
+
+    __slots__ = ("_pauses",)
+
+    def __init__(self, front: Front, *, loop: asyncio.AbstractEventLoop, **settings: Any) -> None:  # noqa: ANN401
+        self._pauses = False
+        super().__init__(front, loop=loop, **settings)
+
+    def pause_reading(self) -> None:
+        """The body comes faster than it is read."""
+        self._pauses = True
+        super().pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """There is room for more of the body."""
+        if self._pauses:
+            self._pauses = False
+            super().resume_reading(resume_parser)
 
 
 class Front(web.Server):
@@ -436,39 +483,42 @@ class Front(web.Server):
         self._app = app
         self._budget = budget
         self._idle = app.config.limits.idle_seconds
-        self._since: dict[RequestHandler, float] = {}
-        self._transports: dict[RequestHandler, asyncio.Transport] = {}
-        self._retiring: set[RequestHandler] = set()
-        super().__init__(
-            self._answer,
-            access_log=None,
-            auto_decompress=False,
-            keepalive_timeout=self._idle,
-            lingering_time=2.0,
-            logger=logging.getLogger("sams_receiver.http"),
-        )
+        self._open: dict[RequestHandler, Connection] = {}
+        self._settings: dict[str, Any] = {
+            "access_log": None,
+            "auto_decompress": False,
+            "keepalive_timeout": self._idle,
+            "lingering_time": 2.0,
+            "logger": logging.getLogger("sams_receiver.http"),
+        }
+        super().__init__(self._answer)
+
+    def __call__(self) -> RequestHandler:
+        """Make the protocol of a new connection."""
+        return _Protocol(self, loop=asyncio.get_running_loop(), **self._settings)
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         """Take a connection; if there are too many, a stranger's is closed for it."""
         super().connection_made(handler, transport)
-        self._since[handler] = time.monotonic()
-        self._transports[handler] = transport
+        connection = Connection(transport, self._peer(transport))
+        self._open[handler] = connection
         if transport.get_extra_info("sslcontext") is not self.context:
             transport.abort()  # shook hands by certificates that were replaced meanwhile
-        if not self._budget.opened(handler, transport):
+        if not self._budget.opened(connection):
             self._app.metrics.limited.labels("connections").inc()
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
         """Forget a connection."""
-        if self._transports.pop(handler, None) is not None:
-            self._budget.closed(handler)
-        self._since.pop(handler, None)
-        self._retiring.discard(handler)
+        connection = self._open.pop(handler, None)
+        if connection is not None:
+            self._budget.closed(connection)
         super().connection_lost(handler, exc)
 
-    def admitted(self, request: web.BaseRequest) -> None:
+    def admitted(self, connection: Connection) -> None:
         """Note that the other side of a connection is known."""
-        self._budget.admitted(request.protocol)
+        if not connection.known:
+            connection.known = True
+            self._budget.admitted(connection)
 
     def refused(self, reason: str) -> None:
         """Note a client whose certificate was not accepted; TLS does not tell its address."""
@@ -477,45 +527,61 @@ class Front(web.Server):
     def sweep(self) -> None:
         """End connections that have been idle, or sending headers, for too long."""
         limit = time.monotonic() - self._idle - 5
-        for handler, since in list(self._since.items()):
-            if since < limit:
-                self._transports[handler].abort()
+        for connection in list(self._open.values()):
+            if connection.since < limit:
+                connection.transport.abort()
 
     def retire(self) -> None:
         """Let every connection end once it is idle: who holds it has to come in again."""
-        for handler, since in list(self._since.items()):
-            if since == math.inf:
-                self._retiring.add(handler)  # with its answer
+        for handler, connection in list(self._open.items()):
+            if connection.since == math.inf:
+                connection.retiring = True  # with its answer
             else:
                 handler.force_close()
 
     @property
     def busy(self) -> bool:
         """Whether a request is being answered."""
-        return math.inf in self._since.values()
+        return any(connection.since == math.inf for connection in self._open.values())
 
-    def peer(self, request: web.BaseRequest) -> str | None:
+    def _peer(self, transport: asyncio.Transport) -> str | None:
         """Address of the other side; None for a proxy, behind which there are many."""
         if self.listener.proxy is not None or self.listener.unix is not None:
             return None
-        transport = request.transport
-        name = transport.get_extra_info("peername") if transport is not None else None
+        name = transport.get_extra_info("peername")
         return str(name[0]) if name else "gone"
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        handler = request.protocol
+        connection = self._open.get(request.protocol)
+        if connection is None:
+            raise ConnectionResetError("closed meanwhile")
         # While a request is being answered it has its own time-outs.
-        self._since[handler] = math.inf
+        connection.since = math.inf
         try:
-            response = await self._app.handle(request, self)
-            if handler in self._retiring:
+            response = await self._app.handle(request, self, connection)
+            if connection.retiring:
                 response.force_close()
             return response
         finally:
-            if handler in self._transports:
-                self._since[handler] = time.monotonic()
-            else:
-                self._since.pop(handler, None)
+            connection.since = time.monotonic()
+
+
+class Connection:
+    """What is known of an open connection.
+
+    peer: its address, None where that tells nothing. since: when it became idle (monotonic),
+    infinite while a request is answered. held: by what its last request was let in.
+    """
+
+    __slots__ = ("held", "known", "peer", "retiring", "since", "transport")
+
+    def __init__(self, transport: asyncio.Transport, peer: str | None) -> None:
+        self.transport = transport
+        self.peer = peer
+        self.since = time.monotonic()
+        self.held: Pass | None = None
+        self.known = False
+        self.retiring = False
 
 
 class Budget:
@@ -528,25 +594,28 @@ class Budget:
     def __init__(self, most: int) -> None:
         self.open = 0
         self.most = most
-        self._strangers: dict[RequestHandler, asyncio.Transport] = {}
+        # In the order in which they came.
+        self._strangers: dict[Connection, None] = {}
 
-    def opened(self, handler: RequestHandler, transport: asyncio.Transport) -> bool:
+    def opened(self, connection: Connection) -> bool:
         """Count a connection; False if one had to be closed, maybe this one."""
         self.open += 1
-        self._strangers[handler] = transport
+        self._strangers[connection] = None
         if self.open <= self.most:
             return True
-        self._strangers.pop(next(iter(self._strangers))).abort()
+        oldest = next(iter(self._strangers))
+        del self._strangers[oldest]
+        oldest.transport.abort()
         return False
 
-    def admitted(self, handler: RequestHandler) -> None:
+    def admitted(self, connection: Connection) -> None:
         """Its client is known."""
-        self._strangers.pop(handler, None)
+        self._strangers.pop(connection, None)
 
-    def closed(self, handler: RequestHandler) -> None:
+    def closed(self, connection: Connection) -> None:
         """Forget a connection."""
         self.open -= 1
-        self._strangers.pop(handler, None)
+        self._strangers.pop(connection, None)
 
 
 def _wants(method: str, wanted: str) -> None:
@@ -554,22 +623,29 @@ def _wants(method: str, wanted: str) -> None:
         raise Refusal(405, f"only {wanted} is possible here")
 
 
-def _check_headers(request: web.BaseRequest, upstream: tuple[str, str] | None) -> str:
-    headers: Mapping[str, str] = request.headers
-    if upstream is None:
-        kind = headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
-        if kind != "application/msgpack":
-            raise Refusal(415, "Content-Type has to be application/msgpack")
-    encoding = headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
+@lru_cache(maxsize=64)
+def _check_type(given: str) -> None:
+    if given.partition(";")[0].strip().lower() != "application/msgpack":
+        raise Refusal(415, "Content-Type has to be application/msgpack")
+
+
+@lru_cache(maxsize=64)
+def _check_encoding(given: str) -> str:
+    encoding = given.strip().lower()
     if encoding not in ("identity", "zstd"):
         raise Refusal(415, "Content-Encoding has to be zstd or none")
     return encoding
 
 
+@lru_cache(maxsize=1 << 14)
+def _is_plain(name: str) -> bool:
+    return PLAIN_NAME.fullmatch(name) is not None
+
+
 def _check_claims(client: Client, cluster: str | None, node: str | None) -> bool:
     """Whether the client is the node it writes as. Raises DeniedError for anyone else's node."""
     for name, value in (("node", node), ("cluster", cluster)):
-        if value is not None and PLAIN_NAME.fullmatch(value) is None:
+        if value is not None and not _is_plain(value):
             raise Refusal(400, f"{name}: only letters, digits, '.', '_', '-'", aside=True)
     if client.node is None:
         return False

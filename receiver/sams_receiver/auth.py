@@ -41,6 +41,22 @@ class Client(NamedTuple):
     cluster: str | None
 
 
+class Credential(NamedTuple):
+    """A line of a tokens or passwords file. expires: seconds since the epoch, or None."""
+
+    name: str
+    secret: str
+    expires: float | None
+
+
+class Pass(NamedTuple):
+    """By what a connection was let in: its next request may show the same once more."""
+
+    header: bytes
+    credential: Credential
+    client: Client
+
+
 class DeniedError(Exception):
     """Not let in: status 401 (who are you?) or 403 (not you), and a reason for the log."""
 
@@ -48,14 +64,6 @@ class DeniedError(Exception):
         super().__init__(reason)
         self.status = status
         self.reason = reason
-
-
-class Credential(NamedTuple):
-    """A line of a tokens or passwords file. expires: seconds since the epoch, or None."""
-
-    name: str
-    secret: str
-    expires: float | None
 
 
 def _read_list(path: Path) -> str:
@@ -205,7 +213,7 @@ class Door:
         self, headers: Mapping[str, str], header: str, secret: bytes | None
     ) -> Client | None:
         """Believe the proxy. None if it names nobody."""
-        given = headers.get(PROXY_HEADER, "").encode("utf-8", "surrogateescape")
+        given = _bytes(headers.get(PROXY_HEADER, ""))
         if secret is not None and not hmac.compare_digest(given, secret):
             raise DeniedError(403, "the proxy's secret is missing or wrong")
         name = headers.get(header, "")
@@ -222,16 +230,28 @@ class Door:
             raise DeniedError(403, "the certificate has neither a DNS name nor a common name")
         return self._names.client(names, "certificate")
 
-    def by_token(self, token: str) -> Client:
-        """A bearer token."""
+    def by_token(self, header: str) -> Pass:
+        """A bearer token, as the whole header has it."""
         if not self._tokens:
             raise DeniedError(401, "tokens are not accepted here")
         self._tokens.refresh()
-        credential = self._tokens.by_secret.get(hash_token(token))
+        credential = self._tokens.by_secret.get(hash_token(header.partition(" ")[2].strip()))
         if credential is None:
             raise DeniedError(401, "unknown token")
         _check_expiry(credential)
-        return self._names.client([credential.name], "token")
+        client = self._names.client([credential.name], "token")
+        return Pass(_bytes(header), credential, client)
+
+    def again(self, held: Pass, header: str) -> bool:
+        """Whether a connection shows again what it was let in by, and that still holds."""
+        # Behind a proxy several clients may share a connection: no time may tell what they show.
+        if not self._tokens or not hmac.compare_digest(held.header, _bytes(header)):
+            return False
+        self._tokens.refresh()
+        credential, expires = held.credential, held.credential.expires
+        if self._tokens.by_secret.get(credential.secret) is not credential:
+            return False
+        return expires is None or time.time() < expires
 
     def by_known_password(self, user: str, password: str) -> Client | None:
         """A user whose password was found good a moment ago; None if it has to be checked."""
@@ -267,8 +287,11 @@ class Door:
         raise DeniedError(401, "unknown user or wrong password")
 
     def _key(self, user: str, password: str) -> bytes:
-        text = f"{user}\0{password}".encode("utf-8", "surrogateescape")
-        return hmac.digest(self._pepper, text, "sha256")
+        return hmac.digest(self._pepper, _bytes(f"{user}\0{password}"), "sha256")
+
+
+def _bytes(header: str) -> bytes:
+    return header.encode("utf-8", "surrogateescape")
 
 
 def _check_expiry(credential: Credential) -> None:

@@ -204,10 +204,10 @@ class Store:
         )
         if problem is None:
             number = partition.writer.number
+            if number is not None:
+                partition.seen.add((waiting.tag for waiting in group), number)
             for waiting in group:
                 del partition.pending[waiting.tag.key, waiting.tag.sequence]
-                if number is not None:
-                    partition.seen.add(waiting.tag, number)
                 if not waiting.done.done():
                     waiting.done.set_result(None)
             self._observer.committed(count, size, time.perf_counter() - begin)

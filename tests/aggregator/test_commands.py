@@ -37,6 +37,7 @@ class Site:
         self.archive = folder / "archive"
         self.capsys = capsys
         self.config = folder / "config.yaml"
+        (folder / "data").mkdir()
         self.config.write_text(json.dumps({
             "site": {"cluster": "c1"},
             "aggregator": {"data": str(folder / "data"), "archives": [str(self.archive)],
@@ -236,7 +237,7 @@ def test_upstreams_json_counts_unless_there_are_batches(site: Site) -> None:
         (("report", "--from", "2026-05", "--to", "2026-01"), "no month in between"),
         (("report", "--top", "--by", "user"), "--by: not together with --top"),
         (("report", "--cluster", "c9"), "no run of it; there are none"),
-        (("report", "--data", "/proc/nowhere"), "/proc/nowhere: No such file"),
+        (("ingest", "--data", "/proc/nowhere"), "/proc/nowhere: No such file"),
     ],
 )
 def test_errors_are_one_line(site: Site, arguments: tuple[str, ...], reason: str) -> None:
@@ -253,6 +254,18 @@ def test_numbers_are_refused_that_are_none(option: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as stopped:
         program.run(cli.build, option)
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("command", [
+    ("report",), ("report", "--job", "1"), ("timeline", "1"), ("extract", "--dry-run"), ("gc",),
+    ("software", "update"), ("software", "show"), ("export-sams-json", "/nowhere"),
+])  # fmt: skip
+def test_a_mistyped_folder_is_told_and_not_made(site: Site, command: tuple[str, ...]) -> None:
+    status, out, err = site(*command, "--data", str(site.folder / "dtaa"))
+    assert (status, out) == (2, "")
+    reason = f"{site.folder}/dtaa: no such folder; `ingest` and `reprocess` make it"
+    assert err.splitlines() == [f"sams-aggregator: error: {reason}"]
+    assert not (site.folder / "dtaa").exists()
 
 
 def test_an_empty_report_says_that_it_is_empty(site: Site) -> None:
@@ -283,9 +296,10 @@ def test_accounts_that_are_damaged_are_made_again_without_their_folder(site: Sit
     before = site("report")[1]
     for path in (site.folder / "data/derived").rglob("*.parquet"):
         os.truncate(path, 100)
-    status, _, err = site("report")
-    assert (status, len(err.splitlines())) == (1, 1)
-    assert "delete the folder `derived`" in err
+    for options in ((), ("--job", "1")):
+        status, _, err = site("report", *options)
+        assert (status, len(err.splitlines())) == (1, 1)
+        assert "delete the folder `derived`" in err
     shutil.rmtree(site.folder / "data/derived")
     assert site("report")[1] == before
 

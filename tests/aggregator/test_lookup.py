@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import facts
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 import synthetic
 
-from sams_aggregator import accounts, compact, job, manifest, report
+from sams_aggregator import accounts, compact, job, lookup, manifest, report
 from sams_aggregator import state as st
 from sams_aggregator.manifest import Manifest, Store
 from sams_aggregator.report import Filter
@@ -88,6 +90,27 @@ def test_a_state_of_before_learns_of_job_ids(tmp_path: Path) -> None:
     with facts.opened(tmp_path) as store:
         assert {one.low_job for one in manifest.read(store).sets} == {None}
         assert facts.everything(store, SITE) == expected
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_rows_are_looked_up_as_a_loop_finds_them(tmp_path: Path, statistics: bool) -> None:
+    chance = random.Random(8)
+    numbers = [None] * 300 + sorted(chance.choices(range(0, 600, 2), k=2700))
+    epochs = [b"%032d" % chance.randrange(40) for _ in numbers]
+    table = pa.table({"n": pa.array(numbers, pa.int64()), "epoch": pa.array(epochs, pa.binary())})
+    path = tmp_path / "t.parquet"
+    pq.write_table(table, path, row_group_size=250, write_statistics=statistics)
+    every = table.to_pylist()
+    for _ in range(60):
+        wanted = set(chance.choices(range(602), k=chance.randrange(4)))
+        some = set(chance.choices(epochs, k=9)) if chance.random() < 0.5 else None
+        nulls = chance.random() < 0.5
+        assert lookup.rows(path, "n", wanted, nulls=nulls, epochs=some) == [
+            row
+            for row in every
+            if (row["n"] in wanted or (nulls and row["n"] is None))
+            and (some is None or row["epoch"] in some)
+        ]
 
 
 KEYS = (

@@ -32,7 +32,7 @@ def parts(lines: list[Line], size: int) -> Iterator[sums.Rows]:
         integers = pa.array([0, *core], pa.int64())[1:]
         yield sums.Rows(
             np.array(run), [np.array(one), np.array(other)],
-            [*sums.pieces(decimals), *sums.pieces(integers)],
+            [sums.words(decimals), sums.words(integers)],
         )  # fmt: skip
 
 
@@ -74,6 +74,12 @@ def test_nothing_and_rows_in_disorder() -> None:
 def test_numbers_tell_apart_what_keys_do(rows: list[tuple[int, ...]]) -> None:
     number = latest.numbered([np.array(column) for column in zip(*rows, strict=True)]).tolist()
     assert len(set(number)) == len(set(rows)) == len(set(zip(number, rows, strict=True)))
+
+
+@given(st.lists(st.integers(-1, 3) | st.sampled_from([2**62, 2**63 - 1, -(2**63)]), max_size=40))
+def test_an_order_leaves_equal_ones_as_they_are(numbers: list[int]) -> None:
+    plain = sorted(range(len(numbers)), key=lambda at: numbers[at])
+    assert latest.order_of(np.array(numbers, dtype=np.int64)).tolist() == plain
 
 
 @given(st.lists(st.lists(st.integers(-1, 2**63 - 1), max_size=5), max_size=4))

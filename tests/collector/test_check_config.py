@@ -58,6 +58,10 @@ def test_absent_files_are_named_each(config: Path, token: Path) -> None:
         ("collector: {intervall_s: 1}", "did you mean 'interval_s'?"),
         ("collector: {interval_s: no}", "collector.interval_s: Expected `float`"),
         ("- 1", "top level has to be a mapping"),
+        ("site: 2026-02-31", "not valid YAML: day is out of range"),
+        ("site: !!int x", "not valid YAML: invalid literal"),
+        ("site: !!float ''", "not valid YAML: string index"),
+        ("site: !!timestamp x", "not valid YAML"),
     ],
 )
 def test_a_wrong_file_is_one_line(config: Path, text: str, reason: str) -> None:

@@ -433,3 +433,31 @@ def test_a_collector_s_unit_compiles_nothing(node: Node) -> None:
         # Whatever compiled or loaded it: what stays for this tree is used.
         pins.load(options, "bcc", stay=False, make=False, root=node.root).close()
     loaded.close()
+
+
+def test_programs_that_take_too_long_switch_themselves_off(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of any job's work, a microsecond per second is soon exceeded; the job goes on."""
+    assert node.parent is not None
+    parents = (os.fsdecode(slots.kernel_path(node.parent)),)
+    options = Options(hierarchy=node.tree, tasks=512, parents=parents, limit_percent=1e-4)
+    with pins.lock():
+        one = pins.load(options, "libbpf", stay=True, root=node.root)
+    cgroup = node.job("job_8")
+    meter = BpfMeter(one, only(one), cgroup, let_go=slots.release)
+    work(cgroup, 2000)  # every command of it runs, or this raises
+    with caplog.at_level("WARNING"):
+        first, second = meter.harvest(), meter.harvest()
+    assert one.node().tripped
+    for harvest in (first, second):
+        assert harvest.lost["programs_tripped"] == 1
+        assert harvest.cgroup_cpu_ns is not None
+        attributed = sum(record.cpu_ns for record in harvest.records)
+        assert attributed < harvest.cgroup_cpu_ns, "what came after is not hidden"
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1, "once"
+    assert "programs_limit_percent" in said[0]
+    work(cgroup, 20)
+    assert meter.harvest().processes == second.processes, "nothing is counted any more"
+    meter.close()

@@ -35,7 +35,7 @@ class Partition:
             self.writer.commit([Item(Kind.COUNTERS, data, received_ns=received_ns)])
             number = self.writer.number
             assert number is not None
-            self.seen.add(tag, number)
+            self.seen.add([tag], number)
             self.writer.roll_if_due()
         return verdict
 

@@ -271,9 +271,17 @@ def content_digest(data: Buffer) -> bytes:
 def batch_tag(header: wire.Header, data: Buffer) -> Tag:
     """Tag of a batch: cluster and node are part of it, so no node can take another's place."""
     claims = header.claims
-    who = f"{claims.cluster or ''}\0{claims.node or ''}\0{header.generation}\0".encode()
-    key = blake2b(who + header.epoch + header.writer, digest_size=16).digest()
+    key = _writer_key(claims.cluster, claims.node, header.generation, header.epoch, header.writer)
     return Tag(key, header.sequence, content_digest(data))
+
+
+# A writer sends many batches.
+@functools.lru_cache(maxsize=1 << 14)
+def _writer_key(
+    cluster: str | None, node: str | None, generation: int, epoch: bytes, writer: bytes
+) -> bytes:
+    who = f"{cluster or ''}\0{node or ''}\0{generation}\0".encode()
+    return blake2b(who + epoch + writer, digest_size=16).digest()
 
 
 class UpstreamJson(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ import logging
 import sqlite3
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Final
@@ -70,13 +71,15 @@ class Seen:
             return Verdict.NEW
         return Verdict.DUPLICATE if digest == tag.digest else Verdict.CONFLICT
 
-    def add(self, tag: fmt.Tag, number: int) -> None:
+    def add(self, tags: Iterable[fmt.Tag], number: int) -> None:
         """Remember what is on disk now in the live segment of that number."""
-        place = _place(tag)
-        self._digests[place] = tag.digest
-        self._live.setdefault(number, []).append(place)
-        self._marks[tag.key] = (max(self._mark(tag.key)[0], tag.sequence), number)
-        self._asked.pop(tag.key, None)
+        live = self._live.setdefault(number, [])
+        for tag in tags:
+            place = _place(tag)
+            self._digests[place] = tag.digest
+            live.append(place)
+            self._marks[tag.key] = (max(self._mark(tag.key)[0], tag.sequence), number)
+            self._asked.pop(tag.key, None)
 
     def record_sealed(self, number: int) -> None:
         """Take up the index of a sealed segment. May run in a thread of its own."""
@@ -179,10 +182,8 @@ class Seen:
                 self.record_sealed(number)
 
     def _load_live(self, segment: Segment) -> None:
-        for item in segment.items():
-            tag = fmt.tag_of_frame(item) if isinstance(item, fmt.Frame) else None
-            if tag is not None:
-                self.add(tag, segment.number)
+        frames = (item for item in segment.items() if isinstance(item, fmt.Frame))
+        self.add(filter(None, map(fmt.tag_of_frame, frames)), segment.number)
 
     def _forget(self, database: sqlite3.Connection, before_ns: int) -> None:
         old = [

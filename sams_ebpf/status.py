@@ -51,8 +51,9 @@ class ProgramSet(msgspec.Struct, frozen=True, kw_only=True):
 
     stays: it was loaded to stay. closed: it takes no new jobs, a newer one does.
     tripped: it switched itself off for its cost. unclaimed: slots that no collector has
-    taken up. cost_ns: CPU time of the programs since they were loaded, by sampling, and
-    cost_share: of one CPU. slots_full: job cgroups that found no slot.
+    taken up; abandoned: those whose collector is gone, with counts that wait. cost_ns: CPU
+    time of the programs since they were loaded, by sampling, and cost_share: of one CPU.
+    slots_full: job cgroups that found no slot.
     """
 
     name: str
@@ -62,6 +63,7 @@ class ProgramSet(msgspec.Struct, frozen=True, kw_only=True):
     tripped: bool
     slots_used: int
     unclaimed: int
+    abandoned: int
     slots_full: int
     events: int
     cost_ns: int
@@ -108,10 +110,10 @@ def read(site: config.Config, now_ns: int, loaded: Programs) -> Status:
     )
 
 
-def programs() -> Programs:
+def programs(root: Path = pins.ROOT) -> Programs:
     """Look at the pinned sets; without privileges, say that they cannot be seen."""
     try:
-        folders = pins.folders()
+        folders = pins.folders(root)
         sets = [_set(folder) for folder in folders if pins.is_readable(folder)]
     except (bpf.BpfError, PermissionError) as error:
         return Programs(unread=str(error))
@@ -126,6 +128,7 @@ def _set(folder: Path) -> ProgramSet:
     one = pins.open_set(folder)
     try:
         used = list(slots.used(one))
+        claims = [slots.claim_of(one, slot.id) for slot in used]
         flags = one.node()
         costs = one.costs()
         age_ns = max(1, time.time_ns() - folder.stat().st_ctime_ns)
@@ -137,7 +140,8 @@ def _set(folder: Path) -> ProgramSet:
             closed=bool(flags.closed),
             tripped=bool(flags.tripped),
             slots_used=len(used),
-            unclaimed=sum(slots.claim_of(one, slot.id) is None for slot in used),
+            unclaimed=claims.count(None),
+            abandoned=sum(c is not None and not Path("/proc", str(c.pid)).exists() for c in claims),
             slots_full=flags.slots_full,
             events=sum(cpu.events for cpu in costs),
             cost_ns=cost_ns,
@@ -286,6 +290,8 @@ def _program_line(one: ProgramSet) -> str:
     words += ["no new jobs"] if one.closed else []
     words += ["SWITCHED OFF: took too much time"] if one.tripped else []
     words.append(f"{one.slots_used} of {layout.SLOTS} slots in use ({one.unclaimed} unclaimed)")
+    if one.abandoned:
+        words.append(f"{one.abandoned} wait for their job's next collector, or for `gc`")
     words += [f"{one.slots_full} jobs found none"] if one.slots_full else []
     each = one.cost_ns / one.events if one.events else 0
     words.append(f"{one.events} events of {each:.0f} ns, {100 * one.cost_share:.3f} % of a CPU")

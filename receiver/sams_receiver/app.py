@@ -553,8 +553,8 @@ class Front(web.Server):
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = self._open.get(request.protocol)
-        if connection is None:
-            raise ConnectionResetError("closed meanwhile")
+        if connection is None:  # It was closed meanwhile: nobody will read this.
+            return _refuse(Refusal(503, "closed meanwhile"))
         # While a request is being answered it has its own time-outs.
         connection.since = math.inf
         try:

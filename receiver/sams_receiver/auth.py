@@ -13,10 +13,12 @@ import hashlib
 import hmac
 import re
 import secrets
+import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -137,7 +139,7 @@ class _Watched:
         self._path = path
         self._pattern = pattern
         self._warn = warn
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: tuple[int, ...] = ()
         self._next = 0.0
         self.by_name: dict[str, list[Credential]] = {}
         self.by_secret: dict[str, Credential] = {}
@@ -153,19 +155,21 @@ class _Watched:
             if self._stamp == self._now():
                 return False
             self._read()
-        except OSError as error:
-            self._warn(f"{self._path}: {error.strerror}; what was read before stays in force")
-            return False
         except UsageError as error:
             self._warn(f"{error}; what was read before stays in force")
             return False
         return True
 
-    def _now(self) -> tuple[int, int, int]:
-        status = self._path.stat()
-        return status.st_mtime_ns, status.st_ino, status.st_size
+    def _now(self) -> tuple[int, ...]:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return ()  # reading it tells why
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
 
     def _read(self) -> None:
+        # Before it is read: what replaces it meanwhile is then seen as a change.
+        stamp = self._now()
         found = read_credentials(self._path, self._pattern)
         if not found:
             self._warn(f"{self._path}: holds no credential: nobody gets in by it")
@@ -173,7 +177,7 @@ class _Watched:
         self.by_name = {}
         for credential in found:
             self.by_name.setdefault(credential.name, []).append(credential)
-        self._stamp = self._now()
+        self._stamp = stamp
         self._next = time.monotonic() + _RELOAD_SECONDS
 
 
@@ -223,6 +227,9 @@ class Door:
         """Names of the certificate that TLS has verified: DNS names, then common name."""
         if not certificate:
             return None
+        # Looked at in the handshake, but a connection may last for long.
+        if time.time() >= _expires(certificate["notAfter"]):
+            raise DeniedError(401, "the certificate has expired")
         names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
         for part in certificate.get("subject", ()):
             names.extend(value for kind, value in part if kind == "commonName")
@@ -272,15 +279,20 @@ class Door:
     def check_password(self, user: str, password: str) -> Client:
         """Compare with every hash of the user: 50 ms each, so not in the event loop."""
         candidates = self._passwords.by_name.get(user, ()) if self._passwords else ()
+        expired: Credential | None = None
         for credential in candidates:
             salt = bytes.fromhex(credential.secret.split(":")[1])
             if hmac.compare_digest(hash_password(password, salt), credential.secret):
-                _check_expiry(credential)
+                if credential.expires is not None and time.time() >= credential.expires:
+                    expired = credential
+                    continue
                 expires = time.monotonic() + _CACHE_SECONDS
                 self._good[self._key(user, password)] = (credential.secret, expires)
                 while len(self._good) > _CACHE:
                     self._good.popitem(last=False)
                 return self._names.client([user], "password")
+        if expired is not None:
+            _check_expiry(expired)
         if not candidates:
             # As long as for a user who exists, so that time does not tell who does.
             hash_password(password, bytes(16))
@@ -288,6 +300,11 @@ class Door:
 
     def _key(self, user: str, password: str) -> bytes:
         return hmac.digest(self._pepper, _bytes(f"{user}\0{password}"), "sha256")
+
+
+@lru_cache(maxsize=4096)
+def _expires(not_after: str) -> int:
+    return ssl.cert_time_to_seconds(not_after)
 
 
 def _bytes(header: str) -> bytes:

@@ -20,6 +20,7 @@ SET = status.ProgramSet(
     tripped=False,
     slots_used=3,
     unclaimed=1,
+    abandoned=0,
     slots_full=0,
     events=1000,
     cost_ns=700_000,
@@ -83,9 +84,17 @@ def test_shows_jobs_and_spool(site: config.Config) -> None:
 
 
 def test_a_set_that_needs_attention(site: config.Config) -> None:
-    tripped = msgspec.structs.replace(SET, tripped=True, closed=True, stays=False, slots_full=2)
+    tripped = msgspec.structs.replace(
+        SET, tripped=True, closed=True, stays=False, slots_full=2, abandoned=1
+    )
     text = status.show(status.read(site, NOW, status.Programs(sets=[tripped], slots_used=3)))
-    for words in ("SWITCHED OFF", "no new jobs", "2 jobs found none", "loaded for its jobs"):
+    for words in (
+        "SWITCHED OFF",
+        "no new jobs",
+        "2 jobs found none",
+        "loaded for its jobs",
+        "1 wait for",
+    ):
         assert words in text
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sams_ebpf import bpf, cgroups, layout, pins, slots, wire
+from sams_ebpf import bpf, cgroups, layout, pins, slots, status, wire
 from sams_ebpf.cgroups import Cgroup
 from sams_ebpf.programs import Options, ProgramSet
 from sams_ebpf.tracing import BpfMeter
@@ -404,6 +404,20 @@ def test_nothing_of_a_released_job_remains(node: Node) -> None:
             assert programs.maps[name].all_keys() == [], name
         process.kill()
     assert list(slots.used(programs)) == []
+    programs.close()
+
+
+def test_a_slot_whose_collector_is_gone_is_shown(node: Node) -> None:
+    """`status` tells of counts that wait for somebody, whose collector was killed."""
+    programs = node.load()
+    node.job("job_8")
+    claim = slots.claim(programs, only(programs))
+    assert [one.abandoned for one in status.programs(node.root).sets] == [0]
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    slots.set_claim(programs, claim._replace(pid=ended.pid))
+    (shown,) = status.programs(node.root).sets
+    assert (shown.slots_used, shown.unclaimed, shown.abandoned) == (1, 0, 1)
     programs.close()
 
 

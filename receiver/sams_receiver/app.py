@@ -264,11 +264,13 @@ class App:
         try:
             if encoding == "zstd":
                 body = await self._decompress(body, held)
-            quota_of = _quota_name(client.cluster, client.node or client.name)
             # A client that is known as a node pays for what it sends before anybody looks at
             # it. Clients that share one name are told apart by what they claim, after that.
-            if client.node is not None:
-                self._allow("bytes", self.daily.bytes_left(quota_of, len(body)))
+            paid = len(body) if client.node is not None else 0
+            if client.node is not None and not self.daily.bytes_left(
+                _quota_name(client.cluster, client.node), paid
+            ):
+                raise self._over("bytes")
             if upstream:
                 payload = self._upstream(client, body, upstream)
             else:
@@ -282,16 +284,18 @@ class App:
                 self.metrics.invalid.inc()
                 self._set_aside(client, "invalid", body, refusal.reason)
             raise
-        if client.node is None:
+        if client.node is not None:
+            quota_of = _quota_name(client.cluster, client.node)
+        else:
             quota_of = _quota_name(payload.cluster, payload.node or client.name)
-            self._allow("bytes", self.daily.bytes_left(quota_of, len(body)))
-        self._allow("writers", self.daily.writer_left(quota_of, payload.tag.key))
+        over = self.daily.over(quota_of, len(body) - paid, payload.tag.key)
+        if over is not None:
+            raise self._over(over)
         return payload
 
-    def _allow(self, what: str, allowed: bool) -> None:
-        if not allowed:
-            self.metrics.limited.labels(what).inc()
-            raise Refusal(429, f"more {what} than one node may have in a day", retry=3600)
+    def _over(self, what: str) -> Refusal:
+        self.metrics.limited.labels(what).inc()
+        return Refusal(429, f"more {what} than one node may have in a day", retry=3600)
 
     async def _store(
         self, request: web.BaseRequest, store: Store, client: Client, payload: Payload

@@ -16,7 +16,7 @@ import uvloop
 
 from bench.section import Section, Table
 
-ROUNDS = 5
+ROUNDS = 9
 SECONDS = 4.0
 CONNECTIONS = 200
 BATCHES = 90_000

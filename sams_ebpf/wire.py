@@ -367,8 +367,7 @@ def _array_head(raw: bytes) -> tuple[int, int]:
 
 def decode_head(data: bytes | memoryview) -> Header:
     """The same for a batch that has been checked before; its `sums` and `fields` stay unread."""
-    header = _parse(_head, data)
-    return header if header.v == VERSION and not header.critical else _understood(header)
+    return _understood(_parse(_head, data))
 
 
 def to_plain(data: bytes) -> dict[str, object]:
@@ -394,16 +393,17 @@ def _take(decoder: msgspec.msgpack.Decoder[_H], data: bytes | memoryview) -> _H:
 
 
 def _understood(header: _H) -> _H:
+    if header.v == VERSION and not header.critical:
+        return header
     _check_version(header.v)
-    if header.critical and not _KNOWN.issuperset(header.critical):
+    if not _KNOWN.issuperset(header.critical):
         unknown = sorted(set(header.critical) - _KNOWN)
         raise WireError(f"batch needs a reader that knows {', '.join(unknown)}: upgrade this one")
     return header
 
 
 def _checked(header: _H, columns: int) -> _H:
-    if header.v != VERSION or header.critical:
-        _understood(header)
+    _understood(header)
     if len(header.sums) not in (0, max(0, columns - KEY_COLUMNS)):
         raise WireError("sums do not match fields")
     if header.kind == "tombstone" and header.dropped is None:

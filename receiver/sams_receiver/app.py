@@ -109,15 +109,13 @@ class App:
 
     # -- who ---------------------------------------------------------------------------
 
-    async def _admit(
-        self, request: web.BaseRequest, front: Front, connection: Connection
-    ) -> Client:
+    async def _admit(self, request: web.BaseRequest, connection: Connection) -> Client:
         held, peer = connection.held, connection.peer
         if held is not None and self.door.again(held, request.headers.get(hdrs.AUTHORIZATION, "")):
             client = held.client
         else:
             try:
-                client = await self._identify(request, front, connection)
+                client = await self._identify(request, connection)
             except DeniedError as denied:
                 seldom = self.denied(str(denied.status), peer or "a proxy's client", denied.reason)
                 if peer is not None and not seldom:
@@ -130,12 +128,11 @@ class App:
         if wait:
             self.metrics.limited.labels("rate").inc()
             raise Refusal(429, "too many requests", retry=wait)
-        front.admitted(connection)
+        connection.front.admitted(connection)
         return client
 
-    async def _identify(
-        self, request: web.BaseRequest, front: Front, connection: Connection
-    ) -> Client:
+    async def _identify(self, request: web.BaseRequest, connection: Connection) -> Client:
+        front = connection.front
         connection.held = None
         if front.listener.proxy is not None:
             client = self.door.by_proxy(
@@ -185,9 +182,7 @@ class App:
 
     # -- what --------------------------------------------------------------------------
 
-    async def handle(
-        self, request: web.BaseRequest, front: Front, connection: Connection
-    ) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest, connection: Connection) -> web.StreamResponse:
         """Answer one request."""
         what = "other"
         response: web.StreamResponse
@@ -196,7 +191,7 @@ class App:
             if path == "/v1/batches":
                 what = "batch"
                 _wants(method, "POST")
-                response = await self._take(request, front, connection, None)
+                response = await self._take(request, connection, None)
             elif path == "/healthz":
                 what = "health"
                 _wants(method, "GET")
@@ -204,12 +199,12 @@ class App:
             elif path == "/metrics":
                 what = "metrics"
                 _wants(method, "GET")
-                response = await self._metrics(request, front, connection)
+                response = await self._metrics(request, connection)
             else:
                 place = self._upstream_place(request.raw_path)
                 what = "upstream"
                 _wants(method, "POST")
-                response = await self._take(request, front, connection, place)
+                response = await self._take(request, connection, place)
         except Refusal as refusal:
             response = _refuse(refusal)
             if refusal.status in (401, 413) or self.stopping or not request.content.is_eof():
@@ -228,14 +223,13 @@ class App:
     async def _take(
         self,
         request: web.BaseRequest,
-        front: Front,
         connection: Connection,
         upstream: tuple[str, str] | None,
     ) -> web.StreamResponse:
         store = self.store
         if self.stopping or store is None:
             raise Refusal(503, "stopping", retry=_RETRY_SECONDS)
-        client = await self._admit(request, front, connection)
+        client = await self._admit(request, connection)
         headers = request.headers
         if upstream is None:
             _check_type(headers.get(hdrs.CONTENT_TYPE, ""))
@@ -264,13 +258,11 @@ class App:
         try:
             if encoding == "zstd":
                 body = await self._decompress(body, held)
+            quota_of = _quota_name(client.cluster, client.node or client.name)
             # A client that is known as a node pays for what it sends before anybody looks at
             # it. Clients that share one name are told apart by what they claim, after that.
-            paid = len(body) if client.node is not None else 0
-            if client.node is not None and not self.daily.bytes_left(
-                _quota_name(client.cluster, client.node), paid
-            ):
-                raise self._over("bytes")
+            if client.node is not None:
+                self._allow("bytes", self.daily.bytes_left(quota_of, len(body)))
             if upstream:
                 payload = self._upstream(client, body, upstream)
             else:
@@ -284,18 +276,16 @@ class App:
                 self.metrics.invalid.inc()
                 self._set_aside(client, "invalid", body, refusal.reason)
             raise
-        if client.node is not None:
-            quota_of = _quota_name(client.cluster, client.node)
-        else:
+        if client.node is None:
             quota_of = _quota_name(payload.cluster, payload.node or client.name)
-        over = self.daily.over(quota_of, len(body) - paid, payload.tag.key)
-        if over is not None:
-            raise self._over(over)
+            self._allow("bytes", self.daily.bytes_left(quota_of, len(body)))
+        self._allow("writers", self.daily.writer_left(quota_of, payload.tag.key))
         return payload
 
-    def _over(self, what: str) -> Refusal:
-        self.metrics.limited.labels(what).inc()
-        return Refusal(429, f"more {what} than one node may have in a day", retry=3600)
+    def _allow(self, what: str, allowed: bool) -> None:
+        if not allowed:
+            self.metrics.limited.labels(what).inc()
+            raise Refusal(429, f"more {what} than one node may have in a day", retry=3600)
 
     async def _store(
         self, request: web.BaseRequest, store: Store, client: Client, payload: Payload
@@ -429,11 +419,9 @@ class App:
             return _answer(503, b'{"status":"cannot store"}\n')
         return _answer(200, b'{"status":"ok"}\n')
 
-    async def _metrics(
-        self, request: web.BaseRequest, front: Front, connection: Connection
-    ) -> web.Response:
-        if not front.listener.local:
-            await self._admit(request, front, connection)
+    async def _metrics(self, request: web.BaseRequest, connection: Connection) -> web.Response:
+        if not connection.front.listener.local:
+            await self._admit(request, connection)
         metrics = self.metrics
         metrics.in_flight.set(self._in_flight)
         metrics.aside.set(self.aside.bytes)
@@ -504,7 +492,7 @@ class Front(web.Server):
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         """Take a connection; if there are too many, a stranger's is closed for it."""
         super().connection_made(handler, transport)
-        connection = Connection(transport, self._peer(transport))
+        connection = Connection(self, transport)
         self._open[handler] = connection
         if transport.get_extra_info("sslcontext") is not self.context:
             transport.abort()  # shook hands by certificates that were replaced meanwhile
@@ -548,13 +536,6 @@ class Front(web.Server):
         """Whether a request is being answered."""
         return any(connection.since == math.inf for connection in self._open.values())
 
-    def _peer(self, transport: asyncio.Transport) -> str | None:
-        """Address of the other side; None for a proxy, behind which there are many."""
-        if self.listener.proxy is not None or self.listener.unix is not None:
-            return None
-        name = transport.get_extra_info("peername")
-        return str(name[0]) if name else "gone"
-
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = self._open.get(request.protocol)
         if connection is None:  # It was closed meanwhile: nobody will read this.
@@ -562,7 +543,7 @@ class Front(web.Server):
         # While a request is being answered it has its own time-outs.
         connection.since = math.inf
         try:
-            response = await self._app.handle(request, self, connection)
+            response = await self._app.handle(request, connection)
             if connection.retiring:
                 response.force_close()
             return response
@@ -573,15 +554,20 @@ class Front(web.Server):
 class Connection:
     """What is known of an open connection.
 
-    peer: its address, None where that tells nothing. since: when it became idle (monotonic),
-    infinite while a request is answered. held: by what its last request was let in.
+    peer: address of the other side, None for a proxy, behind which there are many. since:
+    when it became idle (monotonic), infinite while a request is answered. held: by what its
+    last request was let in. known: whether one was.
     """
 
-    __slots__ = ("held", "known", "peer", "retiring", "since", "transport")
+    __slots__ = ("front", "held", "known", "peer", "retiring", "since", "transport")
 
-    def __init__(self, transport: asyncio.Transport, peer: str | None) -> None:
+    def __init__(self, front: Front, transport: asyncio.Transport) -> None:
+        self.front = front
         self.transport = transport
-        self.peer = peer
+        self.peer: str | None = None
+        if front.listener.proxy is None and front.listener.unix is None:
+            name = transport.get_extra_info("peername")
+            self.peer = str(name[0]) if name else "gone"
         self.since = time.monotonic()
         self.held: Pass | None = None
         self.known = False

@@ -50,6 +50,11 @@ class Credential(NamedTuple):
     secret: str
     expires: float | None
 
+    @property
+    def expired(self) -> bool:
+        """Whether it was good once."""
+        return self.expires is not None and time.time() >= self.expires
+
 
 class Pass(NamedTuple):
     """By what a connection was let in: its next request may show the same once more."""
@@ -255,10 +260,9 @@ class Door:
         if not self._tokens or not hmac.compare_digest(held.header, _bytes(header)):
             return False
         self._tokens.refresh()
-        credential, expires = held.credential, held.credential.expires
-        if self._tokens.by_secret.get(credential.secret) is not credential:
-            return False
-        return expires is None or time.time() < expires
+        credential = held.credential
+        known = self._tokens.by_secret.get(credential.secret) is credential
+        return known and not credential.expired
 
     def by_known_password(self, user: str, password: str) -> Client | None:
         """A user whose password was found good a moment ago; None if it has to be checked."""
@@ -283,7 +287,7 @@ class Door:
         for credential in candidates:
             salt = bytes.fromhex(credential.secret.split(":")[1])
             if hmac.compare_digest(hash_password(password, salt), credential.secret):
-                if credential.expires is not None and time.time() >= credential.expires:
+                if credential.expired:
                     expired = credential
                     continue
                 expires = time.monotonic() + _CACHE_SECONDS
@@ -312,7 +316,7 @@ def _bytes(header: str) -> bytes:
 
 
 def _check_expiry(credential: Credential) -> None:
-    if credential.expires is not None and time.time() >= credential.expires:
+    if credential.expired:
         raise DeniedError(401, f"the credential of {credential.name[:80]!r} has expired")
 
 

@@ -115,18 +115,18 @@ class Daily:
         used.bytes += size
         return True
 
-    def over(self, node: str, size: int, key: bytes) -> str | None:
-        """Count a batch of the node, its bytes and its writer; what there is too much of."""
+    def writer_left(self, node: str, key: bytes) -> bool:
+        """Count a writer of the node; False if it is one too many."""
         used = self._of(node)
-        if used is None or used.bytes + size > self._quotas.bytes_per_day:
-            return "bytes"
-        used.bytes += size
+        if used is None:
+            return False
         short = int.from_bytes(key[:7], "little")
-        if short not in used.writers:
-            if len(used.writers) >= self._quotas.writers_per_day:
-                return "writers"
-            used.writers.add(short)
-        return None
+        if short in used.writers:
+            return True
+        if len(used.writers) >= self._quotas.writers_per_day:
+            return False
+        used.writers.add(short)
+        return True
 
     def aside_left(self, node: str, size: int) -> bool:
         """Count bytes to be set aside; False if they are too many."""

@@ -32,8 +32,8 @@ def use(daily: Daily, node: str) -> list[bool]:
     """Whether all of a day's quotas are free; uses all of them up."""
     return [
         daily.bytes_left(node, 100),
-        daily.over(node, 0, b"w" * 16) is None,
-        daily.over(node, 0, b"x" * 16) is None,
+        daily.writer_left(node, b"w" * 16),
+        daily.writer_left(node, b"x" * 16),
         daily.aside_left(node, 10),
     ]
 
@@ -41,7 +41,7 @@ def use(daily: Daily, node: str) -> list[bool]:
 def left(daily: Daily, node: str) -> list[bool]:
     return [
         daily.bytes_left(node, 1),
-        daily.over(node, 0, b"y" * 16) is None,
+        daily.writer_left(node, b"y" * 16),
         daily.aside_left(node, 1),
     ]
 
@@ -50,21 +50,11 @@ def test_a_node_has_its_own_quotas_and_new_ones_each_day(clock: Clock) -> None:
     daily = Daily(QUOTAS, nodes=10)
     assert use(daily, "n1") == [True] * 4
     assert left(daily, "n1") == [False] * 3
-    assert daily.over("n1", 0, b"w" * 16) is None, "one that is known already"
+    assert daily.writer_left("n1", b"w" * 16), "one that is known already"
     assert use(daily, "n2") == [True] * 4
     clock.now += DAY / 2
     assert use(daily, "n1") == [True] * 4
     assert left(daily, "n1") == [False] * 3
-
-
-@pytest.mark.usefixtures("clock")
-def test_what_there_is_too_much_of_is_named() -> None:
-    daily = Daily(QUOTAS, nodes=10)
-    assert daily.over("n1", 60, b"w" * 16) is None
-    assert daily.over("n1", 60, b"w" * 16) == "bytes"
-    assert daily.over("n1", 40, b"x" * 16) is None, "what was refused was not counted"
-    assert daily.over("n1", 0, b"y" * 16) == "writers"
-    assert daily.over("n2", 60, b"y" * 16) is None
 
 
 def test_more_nodes_than_are_remembered_get_nothing(clock: Clock) -> None:

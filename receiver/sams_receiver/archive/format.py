@@ -272,7 +272,7 @@ def batch_tag(header: wire.Header, data: Buffer) -> Tag:
     """Tag of a batch: cluster and node are part of it, so no node can take another's place."""
     claims = header.claims
     key = _writer_key(claims.cluster, claims.node, header.generation, header.epoch, header.writer)
-    return Tag(key, header.sequence, blake2b(data, digest_size=8).digest())
+    return Tag(key, header.sequence, content_digest(data))
 
 
 # A writer sends many batches.

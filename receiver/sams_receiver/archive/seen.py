@@ -78,8 +78,7 @@ class Seen:
             place = _place(tag)
             self._digests[place] = tag.digest
             live.append(place)
-            mark = self._marks.get(tag.key) or self._mark(tag.key)
-            self._marks[tag.key] = (max(mark[0], tag.sequence), number)
+            self._marks[tag.key] = (max(self._mark(tag.key)[0], tag.sequence), number)
             self._asked.pop(tag.key, None)
 
     def record_sealed(self, number: int) -> None:

@@ -30,12 +30,6 @@ A row runs in parts of five to fifteen minutes, and a part can be run by itself:
 - `libbpf-small`: the ledger tests whose maps are too small for the job
 - `proc`: the tests of sampling, where there is no BPF
 
-The boxes of the Vagrantfile: one, debian-12-lockdown, was brought up with vagrant-libvirt 0.11 in
-qemu without KVM (`VAGRANT_DRIVER=qemu`), from a box made with debootstrap, as none could be
-downloaded. It was provisioned, rebooted into lockdown, and `check.sh` passed at full scale: `auto`
-is proc, a job's unit ended and shipped, 23 of 24 tests of sampling passed, one was skipped (no
-freezer hierarchy on v2). The others have only been validated (`vagrant validate`).
-
 """
 MS = 1_000_000
 NO_RESULT = "no result yet"
@@ -80,11 +74,12 @@ def verdict(row: Row, part: str, found: dict[str, Any]) -> str:
     return "; ".join(problems(row, part, found)) or f"as expected, in {found['machine_s']} s"
 
 
-def page(rows: list[Row], results: dict[str, Any]) -> str:
-    """Give the whole page."""
+def page(rows: list[Row], results: dict[str, Any], boxes: dict[str, Any]) -> str:
+    """Give the whole page. boxes: as of `table.boxes`."""
     return HEAD + "\n".join(
         [
             *_overview(rows, results),
+            *_boxes(rows, boxes),
             *_precision(rows, results),
             *_loaders(rows, results),
             *_shares(rows, results),
@@ -136,6 +131,23 @@ def _overview(rows: list[Row], results: dict[str, Any]) -> list[str]:
             )
 
     return _table("| row | kernel | `auto` | tests | a job's unit | outcome |", lines())
+
+
+def _boxes(rows: list[Row], brought: dict[str, Any]) -> list[str]:
+    """Boxes that Vagrant brought up and provisioned, in which check.sh ran at full scale."""
+
+    def lines() -> Iterator[tuple[str, ...]]:
+        for row in rows:
+            if row.id in brought:
+                steps = brought[row.id]["steps"]
+                tests = [_tests(name, step) for name, step in sorted(steps.items()) if _is(name)]
+                yield _name(row), brought[row.id]["how"], "; ".join(tests), _unit(steps["unit"])
+
+    return [
+        *("## Vagrant boxes that were brought up", ""),
+        *_table("| row | how | tests | a job's unit |", lines()),
+        *("All others have only been validated (`vagrant validate`).", ""),
+    ]
 
 
 def _outcome(row: Row, parts: dict[str, Any]) -> str:

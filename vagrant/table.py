@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -80,6 +81,12 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All rows, old to new."""
 
     rows: list[Row]
+
+
+def boxes() -> dict[str, Any]:
+    """By row: what check.sh printed in a box that Vagrant brought up, and how. Kept by hand."""
+    found: dict[str, Any] = json.loads(PATH.with_name("boxes.json").read_text())
+    return found
 
 
 def read(path: Path = PATH) -> list[Row]:

@@ -70,7 +70,7 @@ def main() -> int:
             if "steps" not in results.get(row.id, {}).get(part, {}):
                 found = {"not_run": arguments.not_run}
                 results = _keep(arguments.results, row, part, found, page=arguments.page, rows=rows)
-        arguments.page.write_text(report.page(rows, results))
+        arguments.page.write_text(report.page(rows, results, table.boxes()))
         return 0
     cache = Cache(arguments.cache.absolute())
     suites = sorted({row.vm.suite for row in rows if row.vm.suite})
@@ -123,7 +123,7 @@ def _keep(
         opened.truncate(0)
         opened.write(json.dumps(results, indent=1, sort_keys=True) + "\n")
         opened.flush()
-        page.write_text(report.page(rows, results))
+        page.write_text(report.page(rows, results, table.boxes()))
     return results
 
 

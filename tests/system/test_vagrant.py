@@ -125,7 +125,7 @@ def test_a_good_row_has_no_problems_and_shows_its_figures() -> None:
     parts = {part: result(part) for part in ("site", "libbpf-default", "bcc-split")}
     for part, found in parts.items():
         assert report.problems(one, part, found) == []
-    page = report.page([one], {one.id: parts})
+    page = report.page([one], {one.id: parts}, {})
     for shown in (
         "| bpf, libbpf | bcc-split: 3 of 3 passed; libbpf-default: 3 of 3 passed |",
         "| bpf: ended (signal), 2 batches shipped; load 1.5 s | ",
@@ -176,7 +176,7 @@ def test_what_went_wrong_is_said(part: str, changes: dict[str, Any], problem: st
     one = row("debian-12-v2")
     found = result(part, **changes)
     assert problem in "; ".join(report.problems(one, part, found))
-    assert problem in report.page([one], {one.id: {part: found}})
+    assert problem in report.page([one], {one.id: {part: found}}, {})
 
 
 def test_a_step_that_was_not_reached_is_a_problem() -> None:
@@ -189,7 +189,7 @@ def test_a_part_that_was_not_run_stands_there_with_its_reason() -> None:
     one = row("debian-12-v2")
     found = {"site": {"not_run": "no time"}, "libbpf-default": result("libbpf-default")}
     assert report.problems(one, "site", found["site"]) == []
-    page = report.page([one], {one.id: found})
+    page = report.page([one], {one.id: found}, {})
     assert "- not run: site: no time" in page
     assert "| not asked (expected: libbpf or bcc) |" in page
     assert "| not tried | 1 of 6 parts as expected; not run: site, " in page
@@ -207,7 +207,7 @@ def test_a_row_without_bpf_has_to_say_why() -> None:
 
 
 def test_rows_that_could_not_run_stand_in_the_page_with_their_reason() -> None:
-    page = report.page(table.read(), {})
+    page = report.page(table.read(), {}, {})
     for one in table.read():
         assert (one.vm.absent or "no result yet") in page
 
@@ -226,3 +226,10 @@ def test_vagrant_accepts_the_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for one in table.read():
         assert (f"{one.id}:" in done.stdout) == (one.box is not None)
+
+
+def test_boxes_that_came_up_are_shown_with_what_they_found() -> None:
+    page = report.page(table.read(), {}, table.boxes())
+    assert "| Debian 12, 6.1, lockdown=confidentiality, v2 | vagrant-libvirt" in page
+    assert "proc: 23 of 24 passed, 1 skipped" in page
+    assert "proc: ended (signal), 2 batches shipped; load 6.7 s" in page

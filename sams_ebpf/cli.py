@@ -27,7 +27,8 @@ def build(chosen: str = "") -> argparse.ArgumentParser:
     )
     for name in [chosen] if chosen in _COMMANDS else _COMMANDS:
         describe, summary = _COMMANDS[name]
-        describe(commands.add_parser(name, help=summary))
+        text = f"{summary[0].upper()}{summary[1:]}."
+        describe(commands.add_parser(name, help=summary, description=text))
     return parser
 
 
@@ -75,6 +76,11 @@ def _unload(parser: argparse.ArgumentParser) -> None:
 
 
 def _gc(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Remove what was left behind: programs and jobs' counts that nobody needs any more "
+        "(jobs that no collector claimed are spooled first), and the cgroup of a `run` that "
+        "was killed."
+    )
     _config(parser)
     parser.set_defaults(handler=_later("sams_ebpf.node", "gc"))
 
@@ -212,5 +218,5 @@ _COMMANDS: Final[dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]
     "status": (_status, "show jobs, spool and programs of this node"),
     "load": (_load, "load the node's programs, to stay until unload"),
     "unload": (_unload, "kill switch: take all accounting programs out of the kernel now"),
-    "gc": (_gc, "remove programs that nobody needs any more"),
+    "gc": (_gc, "remove programs, counts and cgroups that nobody needs any more"),
 }

@@ -16,9 +16,20 @@ def build() -> argparse.ArgumentParser:
         prog="sams-receiver", description="Receives batches from nodes and archives them durably."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    serve = commands.add_parser("serve", help="receive batches until SIGTERM")
+    serve = commands.add_parser(
+        "serve",
+        help="receive batches until SIGTERM",
+        description="Receives batches, acknowledges each once it is on disk, and seals what has"
+        " come in. SIGHUP reads certificates and the proxy's secret again; tokens and passwords"
+        " are read again when their file changes.",
+    )
     serve.set_defaults(handler=_later("sams_receiver.serve", "command"))
-    check = commands.add_parser("check-config", help="check configuration and secrets, and stop")
+    check = commands.add_parser(
+        "check-config",
+        help="check configuration and secrets, and stop",
+        description="Reads all that `serve` reads and changes nothing. Exit status 2, and one line"
+        " that says what is wrong and where, if it is not good.",
+    )
     check.set_defaults(handler=_later("sams_receiver.serve", "check_command"))
     for command in (serve, check):
         command.add_argument(
@@ -37,7 +48,13 @@ def build() -> argparse.ArgumentParser:
         "--expires", metavar="TIME", help="when it ends, like 2027-01-31T00:00Z"
     )
     credential.set_defaults(handler=_later("sams_receiver.credential", "command"))
-    _archive(commands.add_parser("archive", help="look at an archive"))
+    _archive(
+        commands.add_parser(
+            "archive",
+            help="look at an archive",
+            description="Looks at an archive, live or not; changes nothing.",
+        )
+    )
     return parser
 
 
@@ -49,8 +66,17 @@ def _archive(parser: argparse.ArgumentParser) -> None:
         description="Reads every frame of every segment. Exit status 4 if anything is damaged"
         " or stored twice.",
     )
-    listing = commands.add_parser("list", help="list the segments")
-    cat = commands.add_parser("cat", help="show what is stored as JSON lines")
+    listing = commands.add_parser(
+        "list",
+        help="list the segments",
+        description="Lists the segments: their frames, sizes and times, and whether they are"
+        " sealed.",
+    )
+    cat = commands.add_parser(
+        "cat",
+        help="show what is stored as JSON lines",
+        description="Shows what is stored, segment by segment, a JSON object a line.",
+    )
     for name, command in (("verify", verify), ("list_", listing), ("cat", cat)):
         command.add_argument("folder", type=Path, metavar="FOLDER", help="the archive's folder")
         command.set_defaults(handler=_later("sams_receiver.inspect", name))

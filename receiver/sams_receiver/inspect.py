@@ -71,8 +71,9 @@ class _Places:
 
 def list_(arguments: argparse.Namespace) -> int:
     """One line per segment."""
+    archive = Archive.open(arguments.folder)
     print(f"{'segment':<17} {'state':<6} {'bytes':>12} {'raw':>12} {'frames':>8}  last received")
-    for segment in Archive.open(arguments.folder).segments():
+    for segment in archive.segments():
         state = "sealed" if segment.sealed else "live"
         frames, last_ns = _count(segment)
         last = _time(last_ns) if last_ns else "-"

@@ -283,7 +283,7 @@ def on_dask(archive: Path, folder: Path, expected: str) -> tuple[float, bool]:
     with dask_cluster.started(folder) as cluster:
         for _ in range(2):
             cluster.worker()
-        time.sleep(10)
+        cluster.wait_for_workers(2)
         times = []
         for turn in range(DASK_TURNS):
             data = folder / f"dask{turn}"
@@ -291,7 +291,7 @@ def on_dask(archive: Path, folder: Path, expected: str) -> tuple[float, bool]:
             shutil.rmtree(data)
             print(f"dask: {times[-1]:.1f} s", file=sys.stderr)
         victim = cluster.worker()
-        time.sleep(10)
+        cluster.wait_for_workers(3)
         dask_once(archive, folder / "killed", cluster.file, victim)
         same = fingerprint(folder / "killed") == expected
         shutil.rmtree(folder / "killed")

@@ -100,12 +100,8 @@ def as_json(report: Report) -> str:
 
 def dump(value: Any) -> str:  # noqa: ANN401
     """JSON with a newline at its end; integers of any size stay integers."""
-    data = msgspec.json.encode(value, enc_hook=_plain)
+    data = msgspec.json.encode(value)
     return msgspec.json.format(data, indent=1).decode() + "\n"
-
-
-def _plain(value: object) -> object:
-    raise NotImplementedError(type(value))
 
 
 def as_parquet(report: Report, path: Path) -> None:

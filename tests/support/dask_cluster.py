@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _UP_S = 60
 
@@ -38,6 +39,14 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise TimeoutError("no Dask scheduler")
             time.sleep(0.1)
+
+    def wait_for_workers(self, count: int) -> None:
+        """Until so many are known to the scheduler."""
+        import distributed  # noqa: PLC0415 - an extra of its own
+
+        dask: Any = distributed  # it is not typed
+        with dask.Client(scheduler_file=str(self.file), timeout=_UP_S) as client:
+            client.wait_for_workers(count, timeout=_UP_S)
 
     def close(self) -> None:
         for process in self._processes:

@@ -704,6 +704,20 @@ PROGRAM(on_exit, "sched_process_exit")
 	return 0;
 }
 
+/* Word of its moves (see `tell_move`). */
+static __always_inline void forget_move(u64 task, enum sams_witness witness)
+{
+	struct sams_move_key key = {.task = task, .witness = witness};
+
+	bpf_map_delete_elem(MAP(moves), &key);
+}
+
+static __always_inline void forget_moves(u64 task)
+{
+	forget_move(task, SAMS_TOLD);
+	forget_move(task, SAMS_FOUND);
+}
+
 /* No room for its row: all it ever ran goes to the overflow row of its job. */
 static __always_inline void charge_refused(struct task_struct *task)
 {
@@ -717,6 +731,8 @@ static __always_inline void charge_refused(struct task_struct *task)
 	cgroup = task_cgroup_id(task, option_controller);
 	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
 	slot = id ? slot_of(*id) : 0;
+	if (option_exact)
+		forget_moves((u64)task);
 	if (slot && slot->lost[SAMS_LOST_TASKS_FULL])
 		__sync_fetch_and_add(&slot->overflow.column[SAMS_CPU],
 				     LOAD(TYPED, task, se.sum_exec_runtime));
@@ -743,6 +759,8 @@ static __always_inline void finalise(struct task_struct *task)
 		charge(row, slot, &now, BOUNDARY, 0);
 	}
 	drop_task((u64)task, slot);
+	if (option_exact)
+		forget_moves((u64)task);
 	leave(begin);
 }
 
@@ -776,6 +794,139 @@ static __always_inline void count_move(struct sams_slot *from, struct sams_slot 
 		__sync_fetch_and_add(&to->moved_in, 1);
 		__sync_fetch_and_add(&to->live, 1);
 	}
+}
+
+/*
+ * The kernel charges a task's run to the cgroup in which it finds the task, and tells of a move
+ * a moment after it: what is charged in between, at a tick, a switch or by the move itself, is
+ * the new cgroup's already. The exact set-up looks at every charge (sched_stat_runtime, just
+ * before the cgroup's) where it goes. The first one after a move tells at which counter of the
+ * task the cgroups changed over. Whether this charge or the event comes first, and however they
+ * overlap: each leaves word before it looks for the other's, and who takes the told one away
+ * carries over what the event, which settles at the counter as it stands, put on the wrong side.
+ */
+static __always_inline u32 in_use(u32 slot_id)
+{
+	return slot_id && slot_of(slot_id) ? slot_id : 0;
+}
+
+static __always_inline u32 place_of(struct task_struct *task)
+{
+	u64 cgroup = task_cgroup_id(task, option_controller);
+	u32 *id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
+
+	return id ? *id : 0;
+}
+
+static __always_inline u32 place_of_row(struct sams_task *row)
+{
+	return row && !(row->state & SAMS_ROW_OUTSIDE) ? row->slot_id : 0;
+}
+
+static __always_inline int same_move(struct sams_move *a, struct sams_move *b)
+{
+	return a && a->place == b->place && a->start_ns == b->start_ns;
+}
+
+static __always_inline void add_cpu(u32 slot_id, u32 index, u32 state, s64 ns)
+{
+	struct sams_slot *slot = slot_id ? slot_of(slot_id) : 0;
+
+	if (slot)
+		__sync_fetch_and_add(&counters_of(slot, index, state)->column[SAMS_CPU], ns);
+}
+
+static __always_inline struct sams_move *move_of(u64 task, enum sams_witness witness)
+{
+	struct sams_move_key key = {.task = task, .witness = witness};
+
+	return bpf_map_lookup_elem(MAP(moves), &key);
+}
+
+/* The cgroups of the task of this move changed over at `since_ns`. */
+static __always_inline void carry_over(u64 task, struct sams_move *told, u64 since_ns)
+{
+	struct sams_move_key key = {.task = task, .witness = SAMS_TOLD};
+	struct sams_move move = *told;
+	s64 ns = move.at_ns - since_ns;
+
+	if (bpf_map_delete_elem(MAP(moves), &key) || ns <= 0)
+		return;
+	add_cpu(move.from_id, move.from_index, move.from_state, -ns);
+	add_cpu(move.to_id, move.to_index, move.to_state, ns);
+}
+
+/* Leave word of a move, before anything is done about it. */
+SUBPROGRAM tell_move(u64 task, struct sams_move *move)
+{
+	struct sams_move_key key = {.task = task, .witness = SAMS_TOLD};
+	struct sams_move *told, *found;
+
+	if (!move)
+		return 0;
+	if (bpf_map_update_elem(MAP(moves), &key, move, BPF_ANY)) {
+		struct sams_slot *slot = slot_of(move->to_id ? move->to_id : move->from_id);
+
+		if (slot)
+			lose(slot, SAMS_LOST_SPLITS);
+		return 0;
+	}
+	found = move_of(task, SAMS_FOUND);
+	told = move_of(task, SAMS_TOLD);
+	if (told && same_move(found, move))
+		carry_over(task, told, found->at_ns);
+	return 0;
+}
+
+/* A charge of `delta` ns is about to go to the cgroup of this task. */
+static __always_inline void look_at_charge(struct task_struct *task, u64 delta)
+{
+	struct sams_move_key key = {.task = (u64)task, .witness = SAMS_FOUND};
+	struct sams_task *row = row_of(task, TYPED);
+	struct sams_move move = {.place = place_of(task)}, *told, *found;
+	u32 was = place_of_row(row);
+
+	barrier();
+	/* Last: whoever changed the row left word of it before. */
+	told = move_of((u64)task, SAMS_TOLD);
+	if (!told && move.place == was)
+		return;
+	move.place = in_use(move.place);
+	move.start_ns = LOAD(TYPED, task, start_boottime);
+	move.at_ns = LOAD(TYPED, task, se.sum_exec_runtime) - delta;
+	found = bpf_map_lookup_elem(MAP(moves), &key);
+	if (same_move(found, &move)) {
+		move.at_ns = found->at_ns; /* this charge is not the first one there */
+	} else if (!same_move(told, &move)) {
+		/* A task that exits is not moved any more. */
+		if (move.place == in_use(was) ||
+		    LOAD(TYPED, task, flags) & PF_EXITING || is_off())
+			return;
+		bpf_map_update_elem(MAP(moves), &key, &move, BPF_ANY);
+	}
+	told = move_of((u64)task, SAMS_TOLD);
+	if (same_move(told, &move))
+		carry_over((u64)task, told, move.at_ns);
+	else if (place_of_row(row_of(task, TYPED)) != move.place)
+		return; /* the event is still to come */
+	bpf_map_delete_elem(MAP(moves), &key);
+}
+
+PROGRAM(on_charge, "sched_stat_runtime")
+{
+	struct task_struct *task = (void *)ARG(0);
+	struct css_set *set;
+	int i;
+
+	/* Once more if it was moved meanwhile. */
+	for (i = 0; i < 2; i++) {
+		set = LOAD(TYPED, task, cgroups);
+		look_at_charge(task, ARG(1));
+		barrier();
+		if (LOAD(TYPED, task, cgroups) == set)
+			break;
+	}
+	return 0;
 }
 
 /*
@@ -827,19 +978,35 @@ SEPARATE move(u64 key, u64 slots, u64 rows, u32 group)
 	u32 to_id = slots, from_id = slots >> 32, inside = rows, outside = rows >> 32;
 	struct sams_slot *to = to_id ? slot_of(to_id) : 0, *from;
 	struct sams_task *row = row_of(task, BARE), fresh = {};
+	struct sams_move change = {.place = to ? to->id : 0};
 	struct columns now;
 	int with_process = group || is_leader(task, BARE), was_inside;
 
+	if (READ(task, exit_state) || READ(task, flags) & PF_EXITING)
+		return 0; /* the kernel leaves it where it was: cgroup_migrate_add_task() */
+	change.start_ns = READ(task, start_boottime);
+	if (to) {
+		change.to_id = to->id;
+		change.to_index = inside;
+	}
 	if (!row) {
-		if (!to || READ(task, exit_state) || READ(task, flags) & PF_EXITING)
-			return 0; /* also a dead leader that comes along with its group */
+		if (!to)
+			return 0;
 		fresh.slot_id = to->id;
 		fresh.image = SAMS_IMAGE(inside);
 		if (has_threads(task, BARE))
 			fresh.state = SAMS_ROW_THREADED;
 		read_columns(task, BARE, fresh.charged);
-		if (keep_task(task, BARE, &fresh, to) != KEPT)
+		change.at_ns = fresh.charged[SAMS_CPU];
+		if (option_exact)
+			tell_move(key, &change);
+		if (keep_task(task, BARE, &fresh, to) != KEPT) {
+			if (option_exact)
+				forget_moves(key);
 			return 0;
+		}
+		if (option_exact)
+			forget_move(key, SAMS_FOUND);
 		if (!fresh.state)
 			count_move(0, to);
 		else if (with_process)
@@ -856,6 +1023,18 @@ SEPARATE move(u64 key, u64 slots, u64 rows, u32 group)
 		/* The counters of both cgroups change over at the task's counter as it stands:
 		 * a running slice will be charged where the task is when it ends. */
 		read_columns(task, BARE, now.of);
+		if (option_exact) {
+			change.at_ns = now.of[SAMS_CPU];
+			change.from_id = from->id;
+			change.from_index = row->image >> 32;
+			change.from_state = row->state;
+			if (!to && row->state & SAMS_ROW_NATIVE) {
+				change.to_id = row->slot_id;
+				change.to_index = row->slot_id == from_id ? outside : SAMS_OVERFLOW;
+				change.to_state = SAMS_ROW_OUTSIDE;
+			}
+			tell_move(key, &change);
+		}
 		charge(row, from, &now, BOUNDARY, 0);
 	}
 	if (to) {
@@ -872,9 +1051,9 @@ SEPARATE move(u64 key, u64 slots, u64 rows, u32 group)
 		row->state |= SAMS_ROW_OUTSIDE;
 		row->image = SAMS_IMAGE(row->slot_id == from_id ? outside : SAMS_OVERFLOW);
 	}
-	if (row->state & SAMS_ROW_EXITING)
-		; /* its process, if it was the last thread, has died where it was */
-	else if (!(row->state & SAMS_ROW_THREADED))
+	if (option_exact)
+		forget_move(key, SAMS_FOUND);
+	if (!(row->state & SAMS_ROW_THREADED))
 		count_move(was_inside ? from : 0, to);
 	else if (with_process)
 		move_process(task, to, row->slot_id, row->state);

@@ -27,6 +27,13 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct sams_move_key);
+	__type(value, struct sams_move);
+} moves SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 8192);
 	__type(key, struct sams_total_key);
 	__type(value, struct sams_total);
@@ -135,6 +142,7 @@ OPTION(u32, option_controller, 0);   /* whose tree: enum sams_controller */
 OPTION(s32, option_hierarchy, 0);    /* its id, as in /proc/PID/cgroup */
 OPTION(u32, option_quota, 1024);     /* executables per slot */
 OPTION(u32, option_host_mounts, 0);  /* inode of the host's mount namespace, 0: unknown */
+OPTION(u32, option_exact, 0);	     /* on_switch and on_charge are attached */
 OPTION(u32, option_slices, 1);	     /* the CPU clocks are there */
 OPTION(u64, option_seed, 0);	     /* of the executables' hash */
 OPTION(u64, option_limit_ns, 0);     /* of the programs' own time per CPU and second, 0: none */

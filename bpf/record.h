@@ -143,6 +143,30 @@ struct sams_process {
 	__u32 state;
 };
 
+/* Who saw it that a task's run is charged to another cgroup now: cgroup_attach_task told, or a
+ * charge before that was found there. */
+enum sams_witness { SAMS_TOLD, SAMS_FOUND };
+
+struct sams_move_key {
+	__u64 task; /* address of its task_struct */
+	__u64 witness;
+};
+
+/* The exact set-up: a task that changes cgroup. */
+struct sams_move {
+	__u64 start_ns; /* start_boottime */
+	__u64 at_ns;	/* told: its counter then; found: its counter where that charge begins */
+	__u32 place;	/* slot of the cgroup that it came to, 0: of none */
+	__u32 zero;
+	/* Told: the rows on both sides. */
+	__u32 from_id;
+	__u32 from_index;
+	__u32 from_state;
+	__u32 to_id;
+	__u32 to_index;
+	__u32 to_state;
+};
+
 struct sams_slot {
 	__u32 id; /* low 12 bits: place in the table; the rest: how often it was used */
 	__u32 state;

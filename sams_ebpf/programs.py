@@ -37,10 +37,13 @@ TRACEPOINTS: Final = {
     "on_exit": "sched_process_exit",
     "on_free": "sched_process_free",
     "on_switch": "sched_switch",
+    "on_charge": "sched_stat_runtime",
     "on_attach": "cgroup_attach_task",
     "on_mkdir": "cgroup_mkdir",
     "on_rmdir": "cgroup_rmdir",
 }
+# They run at every context switch of the node: only where that is asked for.
+_EXACT: Final = {"on_switch", "on_charge"}
 # Attached for a moment, to tell the distance of two clocks (see bpf/clock.h).
 CALIBRATE: Final = "on_calibrate"
 BY_HAND: Final = ("harvest", "find", "adopt")
@@ -49,6 +52,10 @@ MAPS: Final = (
     *("tasks", "processes", "totals", "names", "chains", "cgroups", "slots", "free_slots"),
     *("jobs", "claims", "remade", "splits", "node", "costs"),
 )
+# Of no use to a collector.
+_PROGRAMS_OWN: Final = ("clocks", "scratch", "moves")
+# Moves under way; a task that sleeps is on its way until it runs again.
+_MOVES: Final = 4096
 _ZERO: Final = layout.U32.pack(0)
 _log = logging.getLogger(__name__)
 
@@ -57,9 +64,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What is settled when a set is loaded.
 
     exact: take each task's final value at its last context switch instead of when it is
-        freed. quota: executables per job. limit_percent: of the programs' own time, per
-        CPU and second; beyond it they switch themselves off. parents: absolute paths of
-        the cgroups in which job cgroups are recognised when they are made.
+        freed, and look at its charges for where a move between cgroups falls.
+    quota: executables per job. limit_percent: of the programs' own time, per CPU and
+        second; beyond it they switch themselves off. parents: absolute paths of the
+        cgroups in which job cgroups are recognised when they are made.
     """
 
     hierarchy: Hierarchy
@@ -73,7 +81,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     def attached(self) -> set[str]:
         """Names of the programs that run all the time."""
-        return set(TRACEPOINTS) - {"on_free" if self.exact else "on_switch"}
+        return set(TRACEPOINTS) - ({"on_free"} if self.exact else _EXACT)
 
 
 class ProgramSet:
@@ -212,8 +220,8 @@ def load(options: Options, loader: Literal["libbpf", "bcc"] = "libbpf") -> Progr
     }
     for fd in programs.values():
         os.close(fd)
-    maps.pop("clocks").close()
-    maps.pop("scratch").close()
+    for name in _PROGRAMS_OWN:
+        maps.pop(name).close()
     return ProgramSet(maps, iterators, links)
 
 
@@ -262,8 +270,8 @@ def _load_with_bcc(options: Options) -> ProgramSet:
     iterators = {name: made.programs.pop(name) for name in BY_HAND}
     for fd in made.programs.values():
         os.close(fd)
-    maps.pop("clocks").close()
-    maps.pop("scratch").close()
+    for name in _PROGRAMS_OWN:
+        maps.pop(name).close()
     return ProgramSet(maps, iterators, links, "bcc", made)
 
 
@@ -289,6 +297,7 @@ def _load_object(
         sizes = {
             "tasks": options.tasks,
             "processes": options.tasks,
+            "moves": _MOVES if options.exact else 1,
             "totals": options.executables,
             "names": options.executables,
             "chains": 2 * options.executables,
@@ -311,6 +320,7 @@ class _Rodata(ctypes.Structure):
         ("hierarchy", ctypes.c_int32),
         ("quota", ctypes.c_uint32),
         ("host_mounts", ctypes.c_uint32),
+        ("exact", ctypes.c_uint32),
         ("slices", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("limit_ns", ctypes.c_uint64),
@@ -332,6 +342,7 @@ def _fill_options(rodata: _Rodata, options: Options, *, slices: bool) -> None:
     rodata.hierarchy = hierarchy_id(hierarchy)
     rodata.quota = options.quota
     rodata.host_mounts = _host_mounts()
+    rodata.exact = options.exact
     rodata.slices = slices
     rodata.seed = int.from_bytes(os.urandom(8))
     rodata.limit_ns = int(options.limit_percent * 10_000_000)

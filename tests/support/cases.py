@@ -27,9 +27,9 @@ class Case:
     before: runs before the collector is there. counts: forks, execs and exits are known
     exactly; else only that they balance. entered: at least how many came in is.
     moves: tasks change cgroup at work, and the kernel tells so a moment later: when a tick
-    or a switch falls in between, it has charged that slice to the new cgroup already, and
-    no set-up can know. So these read their clocks often, which keeps slices short, and
-    have a tick more. quota, total_entries: see `jobs.Options`.
+    or a switch falls in between, it has charged that slice to the new cgroup already, which
+    the default set-up does not see. So these read their clocks often, which keeps slices
+    short, and have a tick more there. quota, total_entries: see `jobs.Options`.
     """
 
     name: str
@@ -72,15 +72,27 @@ def _move(job: Job, away: Group, *, single: bool, moves: int, pid: int, pause_us
     assert mover.wait(120) == 0
 
 
-def _moved(threads: int, *, single: bool = False) -> Drive:
+def moved(
+    threads: int,
+    *,
+    single: bool = False,
+    moves: int | None = None,
+    pause_us: int = 1500,
+    clocks: bool = True,
+) -> Drive:
+    """A process, or its threads one by one, goes out of the job and comes back, many times.
+
+    clocks: the threads read their clocks all the time, by which the kernel charges them.
+    """
+    count = times(30 if single else 100, 10) if moves is None else moves
+
     def drive(job: Job) -> None:
-        process = job.launch(job.programs["waiter"], str(threads), "1")
+        process = job.launch(job.programs["waiter"], str(threads), str(int(clocks)))
         job.truth.wait_for("ready")
         away = job.another_group()
-        moves = times(30 if single else 100, 10)
-        _move(job, away, single=single, moves=moves, pid=process.pid, pause_us=1500)
-        job.expected.moved_in += moves
-        job.expected.moved_out += moves
+        _move(job, away, single=single, moves=count, pid=process.pid, pause_us=pause_us)
+        job.expected.moved_in += count
+        job.expected.moved_out += count
         job.stop.touch()
         job.ended(process)
         job.group.wait_empty()
@@ -190,9 +202,9 @@ CASES: tuple[Case, ...] = (
     Case("vfork_and_spawn", _runs("@spawn", str(times(100)), "/bin/true")),
     Case("memfd_and_deleted", _runs("@nameless", "10", "@burn", "%")),
     Case("script", _runs("@storm.sh", "20", "@script.sh")),
-    Case("process_moved", _moved(1), moves=True),
-    Case("group_moved", _moved(8), moves=True),
-    Case("threads_moved_singly", _moved(8, single=True), counts=False, entered=False, moves=True),
+    Case("process_moved", moved(1), moves=True),
+    Case("group_moved", moved(8), moves=True),
+    Case("threads_moved_singly", moved(8, single=True), counts=False, entered=False, moves=True),
     Case("cloned_into", _cloned_into, counts=False),
     Case("cloned_out", _cloned_out, counts=False, entered=False),
     Case("pid_again", _runs("@pid_again", str(times(100)), "500")),

@@ -96,6 +96,36 @@ def test_one_job_is_told_to_the_digit(site: Site) -> None:
     assert sum(row["core_us"] for row in said["accounts"].values()) == ROW.cpu_time * 10**6
 
 
+@pytest.mark.parametrize(
+    ("said", "claimed"),
+    [
+        ({"begin_ns": wire.INT64_MAX, "end_ns": wire.INT64_MAX}, {}),
+        ({"end_ns": wire.INT64_MAX}, {"cpus": wire.INT64_MAX, "nodes": wire.INT64_MAX}),
+        ({"begin_ns": 0, "end_ns": 0}, {"job_id": wire.INT64_MAX}),
+    ],
+)
+def test_nonsense_of_one_node_stops_no_report(
+    site: Site, said: dict[str, Any], claimed: dict[str, Any]
+) -> None:
+    epochs = site.fill()
+    own = {**msgspec.structs.asdict(epochs[0].claims), "start_ns": None, **claimed}
+    bad = msgspec.structs.replace(
+        epochs[0].last, epoch=b"b" * 16, claims=wire.Claims(**own),
+        records=[wire.Record(b"/a%d" % n, 0, None, wire.INT64_MAX) for n in range(9)], **said,
+    )  # fmt: skip
+    with Appender.open(site.archive) as appender:
+        appender.append([Item(Kind.COUNTERS, wire.encode(bad))])
+    assert site("ingest")[0] == 0
+    for more in ((), ("--by", "job,month,path"), ("--core-time", "upstream"), ("--coverage",)):
+        status, _, err = site("report", *more, "--json")
+        assert (status, err) == (0, "")
+    total = json.loads(site("report", "--json")[1])
+    assert total["total"]["core_us"] == total["sacct"]["core_us"] == ROW.cpu_time * 10**6
+    for command in (["report", "--job", "42"], ["timeline", "42"], ["extract", "--dry-run"],
+                    ["export-sams-json", str(site.folder / "json")]):  # fmt: skip
+        assert site(*command)[0] == 0
+
+
 def test_a_report_in_every_form_holds_the_same(site: Site) -> None:
     site.fill()
     keys = ("--by", "software,path,user,month")

@@ -96,6 +96,24 @@ def test_one_job_is_told_to_the_digit(site: Site) -> None:
     assert sum(row["core_us"] for row in said["accounts"].values()) == ROW.cpu_time * 10**6
 
 
+def test_a_report_takes_the_place_of_no_device_and_no_link(site: Site) -> None:
+    site.fill()
+    device, link, file = (site.folder / name for name in ("null", "link", "file"))
+    device.symlink_to("/dev/null")
+    link.symlink_to(file)
+    assert site("report", "-o", str(device))[0] == site("report", "-o", str(link))[0] == 0
+    assert device.is_symlink()
+    assert device.is_char_device()
+    assert link.is_symlink()
+    assert file.read_text() == site("report")[1]
+    status, _, err = site("report", "--format", "parquet", "-o", str(device))
+    assert (status, device.is_char_device()) == (2, True)
+    assert "parquet goes to a file" in err
+    assert site("report", "--format", "parquet", "-o", str(link))[0] == 0
+    assert link.is_symlink()
+    assert file.read_bytes().startswith(b"PAR1")
+
+
 @pytest.mark.parametrize(
     ("said", "claimed"),
     [

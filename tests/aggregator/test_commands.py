@@ -285,6 +285,7 @@ def test_upstreams_json_counts_unless_there_are_batches(site: Site) -> None:
         (("report", "--from", "2026-05", "--to", "2026-01"), "no month in between"),
         (("report", "--top", "--by", "user"), "--by: not together with --top"),
         (("report", "--cluster", "c9"), "no run of it; there are none"),
+        (("export-sams-json", "json", "--cluster", "c9"), "no run of it; there are none"),
         (("ingest", "--data", "/proc/nowhere"), "/proc/nowhere: No such file"),
     ],
 )
@@ -297,7 +298,8 @@ def test_errors_are_one_line(site: Site, arguments: tuple[str, ...], reason: str
 
 
 @pytest.mark.parametrize("option", [("report", "--limit", "-1"), ("gc", "--grace", "-1"),
-                                    ("report", "--job", "x"), ("timeline", "1.5")])  # fmt: skip
+                                    ("report", "--job", "x"), ("report", "--job", "9" * 20),
+                                    ("timeline", "1.5"), ("timeline", "9" * 20)])  # fmt: skip
 def test_numbers_are_refused_that_are_none(option: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as stopped:
         program.run(cli.build, option)

@@ -91,7 +91,7 @@ def segments(path: Path) -> list[SegmentRef]:
 def _end(segment: Segment) -> int:
     try:
         return segment.end()
-    except SamsError as error:
+    except (SamsError, OSError) as error:
         # Its index is damaged; the frames may still be read.
         log.warning("segment %s: %s", segment.id, error)
         return segment.stored_bytes()

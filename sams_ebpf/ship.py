@@ -160,6 +160,13 @@ class Courier:
             if answer is not None and self._failed(answer):
                 self._leave()
                 break
+            if self._refusals >= _REFUSALS:
+                log.warning(
+                    "receiver %s refused %d batches in a row: the rest is kept",
+                    self.name,
+                    self._refusals,
+                )
+                break
         self._sender.close()
 
     def _run(self) -> None:

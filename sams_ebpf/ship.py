@@ -59,6 +59,9 @@ def command(arguments: argparse.Namespace) -> int:
     try:
         service = Service(settings, outbox)
         return service.once() if arguments.once else service.run()
+    except OSError as error:
+        where = error.filename or settings.spool.folder
+        raise SamsError(f"{where}: {error.strerror}: is the spool's disk there?") from error
     finally:
         outbox.close()
 

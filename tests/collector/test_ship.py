@@ -374,6 +374,21 @@ def test_two_shippers_do_not_work_on_one_spool(folder: Path, config: Path) -> No
         until(lambda: "another shipper" in (ran := once(config)).stderr and ran.returncode == 1)
 
 
+def test_a_spool_that_goes_away_is_one_line(
+    tmp_path: Path, folder: Path, receiver: Receiver, config: Path
+) -> None:
+    receiver.behave = lambda _: shipping.status(503)
+    fill(folder, 1)
+    log = tmp_path / "log"
+    with service(config, log=log) as process:
+        until(lambda: receiver.attempts > 0)
+        folder.rename(folder.with_name("gone"))
+        assert process.wait(20) == 1
+    lines = log.read_text().splitlines()
+    assert "is the spool's disk there?" in lines[-1]
+    assert all("node=n1: " in line for line in lines)
+
+
 @pytest.mark.parametrize("kind", ["absent", "file"])
 def test_a_spool_that_is_not_there_is_one_line(folder: Path, config: Path, kind: str) -> None:
     folder.rmdir()

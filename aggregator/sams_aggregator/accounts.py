@@ -44,6 +44,10 @@ NO_DATA: Final = "no data"
 CLOCK_SKEW_NS: Final = 300 * 10**9
 
 
+# The host's fault, not the files'.
+_NO_ROOM: Final = ("No space left on device", "Disk quota exceeded", "Out of Memory Error")
+
+
 class Site(NamedTuple):
     """What the accounts depend on beside the facts."""
 
@@ -89,6 +93,8 @@ def ready(view: Manifest, site: Site) -> Accounts | None:
 def damaged(said: str) -> SamsError:
     """What a reader says of files of facts or accounts, with what to do about it."""
     text = " ".join(said.split())[:500]
+    if any(reason in text for reason in _NO_ROOM):
+        return SamsError(f"facts: {text} (nothing is lost: make room, and do it again)")
     way = (
         f"delete the folder `{DERIVED}`: it is made again from the facts"
         if f"/{DERIVED}/" in text

@@ -41,8 +41,9 @@ def verify(arguments: argparse.Namespace) -> int:
                 tag = fmt.tag_of_frame(frame)
                 if tag is None:
                     unreadable += 1
-                    continue
-                places.add(tag)
+                # What the aggregator keeps, rows of sacct say, may well be read twice.
+                elif frame.kind in (Kind.COUNTERS, Kind.UPSTREAM_JSON):
+                    places.add(tag)
             if segment.sealed:
                 segment.check_ending()
         except (ArchiveError, FormatError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -20,7 +21,9 @@ import msgspec
 import pytest
 import synthetic
 
-from sams_aggregator import __main__, cli
+from sams_aggregator import __main__, cli, tables
+from sams_aggregator import config as cfg
+from sams_aggregator import state as st
 from sams_ebpf import program, wire
 from sams_receiver.archive import Appender, Archive, Item, Kind
 
@@ -367,6 +370,45 @@ def test_a_state_that_is_damaged_is_one_line_and_can_be_made_again(site: Site) -
             path.unlink()
         assert site("reprocess")[0] == 0
         assert site("report")[1] == before
+
+
+def test_a_full_disk_is_told_with_its_place_and_blamed_on_no_facts(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.fill()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_too(*_: object, **__: object) -> None:
+        raise duckdb.IOException('IO Error: Could not write file "x": No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        status, _, err = site("software", "update")
+        reason = f"{site.folder}/data/archive: cannot be written: No space left on device"
+        assert (status, err.splitlines()[-1]) == (1, f"sams-aggregator: error: {reason}")
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "copy", full_too)
+        status, _, err = site("report")
+        assert (status, len(err.splitlines())) == (1, 1)
+        assert "make room" in err
+        assert "reprocess" not in err
+    assert site("report")[0] == 0
+
+
+def test_a_state_that_may_not_be_written_says_who_may(site: Site) -> None:
+    site.fill()
+    state = st.open_state(cfg.Aggregator(data=site.folder / "data"))
+
+    def write() -> None:
+        with state.begin() as connection:
+            connection.exec_driver_sql("PRAGMA query_only = 1")
+            connection.execute(st.paths.insert().values(path=b"x"))
+
+    with pytest.raises(st.StateError, match="run this as who runs `ingest`"):
+        write()
+    state.close()
 
 
 def damage(file: Path) -> Callable[[bytes], None]:

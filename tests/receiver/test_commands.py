@@ -78,6 +78,7 @@ def test_verify_says_what_is_damaged(folder: Path) -> None:
     assert "13 frames" in bad.stdout
     assert "Traceback" not in bad.stderr
     with Appender.open(folder) as appender:
+        appender.append([Item(Kind.RULES, b"rules")])  # may be: that is no resend
         appender.append([Item(Kind.COUNTERS, batches.encoded(job=2, sequence=3))])
     doubled = command("archive", "verify", folder)
     assert doubled.returncode == 4

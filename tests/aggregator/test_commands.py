@@ -13,7 +13,7 @@ import shutil
 import sqlite3
 import struct
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import duckdb
@@ -21,7 +21,7 @@ import msgspec
 import pytest
 import synthetic
 
-from sams_aggregator import __main__, cli, tables
+from sams_aggregator import __main__, cli, sams_json, tables
 from sams_aggregator import config as cfg
 from sams_aggregator import state as st
 from sams_ebpf import program, wire
@@ -97,6 +97,29 @@ def test_one_job_is_told_to_the_digit(site: Site) -> None:
     assert said["start"] == "2025-10-09T08:53:20Z"
     assert {"execs", "forks", "exits", "max_rss_bytes", "read_bytes"} <= set(said["executables"][0])
     assert sum(row["core_us"] for row in said["accounts"].values()) == ROW.cpu_time * 10**6
+
+
+def test_a_file_that_cannot_be_read_holds_up_no_other(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (one, two) = site.fill()
+    batches = site.folder / "batches"
+    (batches / "in").mkdir(parents=True)
+    for name, epoch in (("a", one), ("b", two)):
+        (batches / "in" / f"{name}.msgpack").write_bytes(epoch.encoded()[0])
+    read = sams_json.Folders.read
+
+    def refused(self: sams_json.Folders, name: PurePosixPath) -> sams_json.Found | None:
+        if name.name == "a.msgpack":
+            raise PermissionError(errno.EACCES, "Permission denied", str(name))
+        return read(self, name)
+
+    monkeypatch.setattr(sams_json.Folders, "read", refused)
+    status, _, err = site("ingest", "--batches", str(batches))
+    assert status == 4
+    assert f"{batches}: 1 files cannot be read, like a.msgpack: Permission denied" in err
+    assert (batches / "archive" / "b.msgpack").exists()
+    assert (batches / "in" / "a.msgpack").exists()
 
 
 def test_a_report_takes_the_place_of_no_device_and_no_link(site: Site) -> None:

@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo
 import facts
 import pytest
 import synthetic
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import Row
 
@@ -334,6 +334,7 @@ def test_shares_add_up_and_are_within_one_of_exact(whole: int, weights: dict[int
         assert abs(part - Fraction(whole * max(0, weights[key]), total)) < 1
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -27,6 +28,33 @@ def write(path: Path, data: bytes, *, mode: int = 0o640) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_output(path: Path, data: bytes, *, mode: int = 0o640) -> None:
+    """Write what a person asked for: whole or not at all; what is no file of its own, as a shell.
+
+    A device, a pipe, or what the command's own output goes to (`-o /dev/stdout`) must
+    not be replaced by a file. Raises OSError.
+    """
+    if not stands_for_itself(path):
+        write(path.resolve(), data, mode=mode)
+        return
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        write_all(fd, data)
+    finally:
+        os.close(fd)
+
+
+def stands_for_itself(path: Path) -> bool:
+    """Whether path is a device, a pipe, or where this program's own output goes."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISREG(there.st_mode) or any(
+        os.path.samestat(there, os.fstat(stream)) for stream in (1, 2)
+    )
 
 
 def write_all(fd: int, data: bytes) -> None:

@@ -309,7 +309,11 @@ class Outbox:
     # Everything below is called with the lock held, or touches no shared state.
 
     def _take(self, name: str, status: os.stat_result, moment: float, now: float) -> bool:
-        if name.startswith(".") or not stat.S_ISREG(status.st_mode):
+        if name.startswith("."):
+            return False
+        if not stat.S_ISREG(status.st_mode):
+            if name not in (rejected.FOLDER, self._own.name):
+                self._say(f"{self.folder / name}: not a file, left alone")
             return False
         if not name.endswith(".msgpack"):
             self._say(f"{self.folder / name}: not a batch, left alone")

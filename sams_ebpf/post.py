@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import email.utils
 import enum
+import http.client
 import json
 import re
 import socket
@@ -284,6 +285,8 @@ def explain(error: BaseException) -> str:
         if not isinstance(inner, BaseException):
             break
         cause = inner
+    if type(cause) is http.client.BadStatusLine:  # and not one that was closed
+        return _line(f"not an answer in HTTP: {cause}")
     text = re.sub(r" \(_ssl\.c:\d+\)$", "", str(cause))
     if isinstance(cause, ssl.SSLCertVerificationError) and re.search("expired|not yet valid", text):
         text += " by this node's clock"

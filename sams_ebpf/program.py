@@ -109,6 +109,8 @@ def _open_what_is_closed() -> None:
             os.fstat(stream)
         except OSError:
             os.open(os.devnull, flags | os.O_CLOEXEC)  # the lowest number that is free
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0, closefd=False)
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:

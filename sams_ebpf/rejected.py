@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import stat
 import time
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -59,13 +60,15 @@ def put_reason(target: Path, reader: str | None, reason: str) -> None:
 
 
 def kept(folder: Path) -> list[Kept]:
-    """List what is there, oldest first. Raises OSError."""
+    """List the files that are there, oldest first. Raises OSError."""
     found: dict[str, Kept] = {}
     for file in sorted(folder.iterdir()):
         if file.name.startswith("."):
             continue  # about to be renamed, or of one who was killed
         with contextlib.suppress(FileNotFoundError):
             status = file.stat(follow_symlinks=False)
+            if not stat.S_ISREG(status.st_mode):
+                continue  # not ours, and not to be deleted like a file
             size = -(-status.st_size // BLOCK) * BLOCK
             known = found.get(file.stem)
             if known is None:

@@ -9,7 +9,6 @@ import os
 import select
 import shutil
 import signal
-import stat
 import sys
 import time
 from pathlib import Path
@@ -211,39 +210,13 @@ def _settle(meter: BpfMeter | ProcMeter) -> None:
 def _show(text: str, output: Path | None) -> None:
     if output is not None:
         try:
-            _write(text.encode(), output)
+            durable.write_output(output, text.encode(), mode=0o644)
         except OSError as error:
             _log.error("-o %s: %s; the report follows", output, error.strerror)
         else:
             return
     with contextlib.suppress(OSError):  # nobody is left to be told: the exit status stands
         sys.stderr.write(text)
-
-
-def _write(data: bytes, output: Path) -> None:
-    """Write a file whole or not at all; what is no file of its own, as a shell would.
-
-    A device, a pipe, or what the command's own output goes to (`-o /dev/stdout`) must
-    not be replaced by a file.
-    """
-    if not _stands_for_itself(output):
-        durable.write(output.resolve(), data, mode=0o644)
-        return
-    fd = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC)
-    try:
-        durable.write_all(fd, data)
-    finally:
-        os.close(fd)
-
-
-def _stands_for_itself(output: Path) -> bool:
-    try:
-        there = output.stat()
-    except FileNotFoundError:
-        return False
-    return not stat.S_ISREG(there.st_mode) or any(
-        os.path.samestat(there, os.fstat(stream)) for stream in (1, 2)
-    )
 
 
 def _move_out(cgroup: Cgroup) -> None:

@@ -59,6 +59,9 @@ def command(arguments: argparse.Namespace) -> int:
     try:
         service = Service(settings, outbox)
         return service.once() if arguments.once else service.run()
+    except OSError as error:
+        where = error.filename or settings.spool.folder
+        raise SamsError(f"{where}: {error.strerror}: is the spool's disk there?") from error
     finally:
         outbox.close()
 
@@ -159,6 +162,13 @@ class Courier:
             answer = self._deliver(name)
             if answer is not None and self._failed(answer):
                 self._leave()
+                break
+            if self._refusals >= _REFUSALS:
+                log.warning(
+                    "receiver %s refused %d batches in a row: the rest is kept",
+                    self.name,
+                    self._refusals,
+                )
                 break
         self._sender.close()
 

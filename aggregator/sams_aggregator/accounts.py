@@ -14,12 +14,12 @@ is kept beside the facts until these change.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from sams_aggregator import manifest, nodelist, tables
+from sams_aggregator import coretime, manifest, nodelist, tables
 from sams_aggregator.manifest import Manifest, Store
 from sams_aggregator.months import of_zone
 from sams_aggregator.tables import SetWriter, integers
@@ -42,6 +42,10 @@ NO_DATA: Final = "no data"
 # How far the clocks of a node and of Slurm's controller may be apart where the time is
 # all that tells two runs apart, ns.
 CLOCK_SKEW_NS: Final = 300 * 10**9
+
+
+# The host's fault, not the files'.
+_NO_ROOM: Final = ("No space left on device", "Disk quota exceeded", "Out of Memory Error")
 
 
 class Site(NamedTuple):
@@ -89,6 +93,8 @@ def ready(view: Manifest, site: Site) -> Accounts | None:
 def damaged(said: str) -> SamsError:
     """What a reader says of files of facts or accounts, with what to do about it."""
     text = " ".join(said.split())[:500]
+    if any(reason in text for reason in _NO_ROOM):
+        return SamsError(f"facts: {text} (nothing is lost: make room, and do it again)")
     way = (
         f"delete the folder `{DERIVED}`: it is made again from the facts"
         if f"/{DERIVED}/" in text
@@ -275,8 +281,8 @@ class _Builder:
             WHERE on_node AND begin_ns <= run_end AND end_ns >= run_start
             UNION ALL
             SELECT epoch, run, 4 FROM named
-            WHERE on_node AND begin_ns - {CLOCK_SKEW_NS} <= run_end
-                AND end_ns + {CLOCK_SKEW_NS} >= run_start
+            WHERE on_node AND begin_ns <= run_end + {CLOCK_SKEW_NS}
+                AND end_ns >= run_start - {CLOCK_SKEW_NS}
         """)
         self._do("""
             CREATE TEMP TABLE resolved AS
@@ -523,19 +529,7 @@ class _Builder:
             FROM cored c ANTI JOIN busy b USING (run, month) JOIN overall o USING (run)
             WHERE o.w > 0
         """)
-        self._do("""
-            CREATE TEMP TABLE shared AS
-            WITH parts AS (
-                SELECT *, sum(w) OVER m AS total, whole * w // sum(w) OVER m AS part
-                FROM weight WINDOW m AS (PARTITION BY run, month)
-            )
-            SELECT run, month, class, path_id, flags, part + CASE WHEN row_number() OVER (
-                    PARTITION BY run, month
-                    ORDER BY whole * w % total DESC, class, path_id NULLS FIRST,
-                        flags NULLS FIRST)
-                    <= whole - sum(part) OVER (PARTITION BY run, month) THEN 1 ELSE 0 END AS core_us
-            FROM parts
-        """)
+        share_out(self._connection, ("run", "month"), ("class", "path_id", "flags"))
         self._do("""
             CREATE TEMP TABLE account AS
             WITH every AS (
@@ -556,6 +550,52 @@ class _Builder:
             HAVING sum(cpu_ns) <> 0 OR sum(core_us) <> 0 OR class = 'path'
             ORDER BY run, month, class, path_id, flags
         """)
+
+
+# 2^127 and a little less: products are compared as doubles.
+_MOST: Final = 1.7e38
+
+
+def share_out(connection: Any, of: Sequence[str], by: Sequence[str]) -> None:  # noqa: ANN401
+    """Table `shared` from `weight`: each `whole` of its group `of`, by the weights `w` above 0.
+
+    What is left goes to the largest remainders, of equal ones to the lower key `by`. A group
+    whose products do not fit into 128 bits, which takes a whole site for weeks or a node that
+    tells nonsense, is shared out here and not by the database.
+    """
+    groups, keys = ", ".join(of), ", ".join(by)
+    vast = connection.execute(
+        f"SELECT {groups}, any_value(whole)::VARCHAR, list(struct_pack({keys}, w := w::VARCHAR))"
+        f" FROM weight GROUP BY {groups} HAVING any_value(whole)::DOUBLE * max(w)::DOUBLE > {_MOST}"
+    ).fetchall()
+    rows = []
+    for *group, whole, parts in vast:
+        # A key that is null comes first.
+        weights = {
+            tuple((part[name] is not None, part[name]) for name in by): int(part["w"])
+            for part in parts
+        }
+        shares = coretime.share(int(whole), weights)
+        rows += [(*group, *(value for _, value in key), str(part)) for key, part in shares.items()]
+    kinds = {name: "VARCHAR" if name == "class" else "BIGINT" for name in (*of, *by)}
+    with tables.loaded({**kinds, "core_us": "VARCHAR"}, rows) as source:
+        connection.execute(
+            f"CREATE TEMP TABLE shared AS SELECT * REPLACE (core_us::HUGEINT AS core_us)"
+            f" FROM {source}"
+        )
+    order = ", ".join(f"{name} NULLS FIRST" for name in by)
+    connection.execute(f"""
+        INSERT INTO shared
+        WITH parts AS (
+            SELECT *, sum(w) OVER g AS total, whole * w // sum(w) OVER g AS part
+            FROM weight ANTI JOIN (SELECT DISTINCT {groups} FROM shared) USING ({groups})
+            WINDOW g AS (PARTITION BY {groups})
+        )
+        SELECT {groups}, {keys}, part + CASE WHEN row_number() OVER (
+                PARTITION BY {groups} ORDER BY whole * w % total DESC, {order})
+                <= whole - sum(part) OVER (PARTITION BY {groups}) THEN 1 ELSE 0 END AS core_us
+        FROM parts
+    """)
 
 
 def paths_of(connection: Any, accounts: Accounts) -> list[bytes]:  # noqa: ANN401

@@ -293,7 +293,8 @@ def check_command(arguments: argparse.Namespace) -> int:
 
 def natural(text: str) -> int:
     """Read a number of an option that cannot be below 0."""
-    if not text.isascii() or not text.isdecimal():
+    # More digits fit into no column.
+    if not text.isascii() or not text.isdecimal() or len(text) > 18:
         raise argparse.ArgumentTypeError(f"has to be a number, 0 or more: {text!r}")
     return int(text)
 

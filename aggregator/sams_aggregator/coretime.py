@@ -1,8 +1,9 @@
 """How a whole is shared out in integers so that the parts add up to it: pure functions.
 
 `accounts` does the same in SQL for all runs at once; a test holds the two together.
-Core-time is counted in microseconds: a year of a million cores fits into 64 bits, and
-its product with CPU time in nanoseconds into 128.
+Core-time is counted in microseconds: a month of a million cores fits into 64 bits. Its
+product with CPU time in nanoseconds mostly fits into the database's 128; what does not is
+shared out here.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, Final
 
-from sams_aggregator import accounts, manifest, sams_json, tables, usage
+from sams_aggregator import accounts, manifest, report, sams_json, tables, usage
 from sams_aggregator import config as cfg
 from sams_aggregator import state as st
 from sams_aggregator.extract import moment
@@ -58,16 +58,17 @@ def command(arguments: argparse.Namespace) -> int:
     state = st.open_existing(config.aggregator)
     written = 0
     try:
-        runs, left_out = _runs(Store(state, config.aggregator.data), config, since_ns)
+        store = Store(state, config.aggregator.data)
+        made = accounts.current(store, usage.site_of(config))
+        report.known_cluster(made, report.Filter(arguments.cluster))
+        runs, left_out = _runs(store, config, since_ns)
         chosen = _of_cluster(runs, arguments.cluster)
-        for report in _reports(Store(state, config.aggregator.data), config, chosen):
-            name = sams_json.file_name(
-                report.job_id, report.node, hash_size=arguments.jobid_hash_size
-            )
+        for one in _reports(store, config, chosen):
+            name = sams_json.file_name(one.job_id, one.node, hash_size=arguments.jobid_hash_size)
             target = arguments.output / name
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                durable.write(target, sams_json.render(report))
+                durable.write(target, sams_json.render(one))
             except OSError as error:
                 raise SamsError(f"{target}: cannot be written: {error.strerror}") from error
             written += 1

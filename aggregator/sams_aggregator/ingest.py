@@ -69,7 +69,7 @@ class Tally:
         """Name and count a source that cannot be read, and go on with the others."""
         try:
             yield
-        except SamsError as error:
+        except (SamsError, OSError) as error:
             log.error("%s", error)
             self.failed += 1
 

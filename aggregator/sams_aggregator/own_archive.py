@@ -31,6 +31,8 @@ def append(data: Path, items: Iterable[Item]) -> None:
             for item in items:
                 appender.append([item])
             appender.seal()
+    except OSError as error:
+        raise ArchiveError(f"{data / FOLDER}: cannot be written: {error.strerror}") from error
     finally:
         os.close(lock)
 

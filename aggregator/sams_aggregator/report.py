@@ -290,6 +290,8 @@ def open_accounts(
     connection.execute(f"CREATE TEMP MACRO filled(name, u, p) AS {_FILLED if to_fill else 'name'}")
     if upstream:
         connection.execute(_UPSTREAM.format(source=made.source("account")))
+        accounts.share_out(connection, ("run",), ("month", "path_id", "flags"))
+        connection.execute(_AS_UPSTREAM.format(source=made.source("account")))
     else:
         connection.execute(f"CREATE TEMP VIEW account AS SELECT * FROM {made.source('account')}")
     return connection
@@ -322,24 +324,23 @@ def _softs(
 
 
 # Upstream shares CPUs x (last - first sample) out over what it saw; it knows no other rows.
-_UPSTREAM: Final = """
+# What a node claims may be nonsense: no run has more than a column can hold.
+_UPSTREAM: Final = f"""
+    CREATE TEMP TABLE weight AS
+    SELECT a.run, a.month, a.path_id, a.flags, a.cpu_ns::HUGEINT AS w,
+        least(coalesce(r.claimed_cpus, r.cpus, 0)::HUGEINT
+            * greatest(r.last_ns - r.first_ns, 0) // 1000, {wire.INT64_MAX}) AS whole
+    FROM {{source}} a JOIN run r USING (run)
+    WHERE a.class = 'path' AND r.last_ns IS NOT NULL AND a.cpu_ns > 0
+"""
+_AS_UPSTREAM: Final = """
     CREATE TEMP TABLE account AS
-    WITH base AS (
-        SELECT a.*, greatest(a.cpu_ns, 0)::HUGEINT AS w,
-            coalesce(r.claimed_cpus, r.cpus, 0)::HUGEINT
-                * greatest(r.last_ns - r.first_ns, 0) // 1000 AS whole
-        FROM {source} a JOIN run r USING (run)
-        WHERE a.class = 'path' AND r.last_ns IS NOT NULL
-    ), parts AS (
-        SELECT *, sum(w) OVER (PARTITION BY run) AS total FROM base
-    ), floors AS (
-        SELECT *, CASE WHEN total > 0 THEN whole * w // total ELSE 0 END AS part FROM parts
-    )
-    SELECT run, month, class, path_id, flags, cpu_ns,
-        CASE WHEN total = 0 THEN 0 ELSE part + CASE WHEN row_number() OVER (PARTITION BY run
-            ORDER BY whole * w % greatest(total, 1) DESC, month, path_id, flags)
-            <= whole - sum(part) OVER (PARTITION BY run) THEN 1 ELSE 0 END END::BIGINT AS core_us
-    FROM floors ORDER BY run
+    SELECT a.run, a.month, a.class, a.path_id, a.flags, a.cpu_ns,
+        coalesce(s.core_us, 0)::BIGINT AS core_us
+    FROM {source} a JOIN run r USING (run)
+    LEFT JOIN shared s USING (run, month, path_id, flags)
+    WHERE a.class = 'path' AND r.last_ns IS NOT NULL
+    ORDER BY a.run
 """
 
 

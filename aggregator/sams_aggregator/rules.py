@@ -833,6 +833,10 @@ class _Reader:
                 (*keys, key),
                 f"{label}{key}: has to be text; put {_shown(value)} in quotes",
             )
+        try:
+            value.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise self._error((*keys, key), f"{label}{key}: {value!r:.80} is no text") from None
         return value
 
     def _flag(

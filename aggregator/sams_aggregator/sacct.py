@@ -36,6 +36,8 @@ SECOND: Final = 1_000_000_000
 # Between the clocks of two hosts; and between sacct's answer and the file that holds it.
 _CLOCK_S: Final = 300
 _OLD_S: Final = 86400
+# A hundred days of half a million CPUs: no run has more, and amounts of it fit into 64 bits.
+_MOST_CPU_S: Final = 1 << 42
 _TIME_LENGTH: Final = len("2026-01-02T03:04:05")
 _EPOCH: Final = dt.datetime(1970, 1, 1)  # noqa: DTZ001 - sacct's times name no zone; they are UTC
 _NO_TIME: Final = frozenset({"Unknown", "None", "NONE", "", "N/A"})
@@ -206,7 +208,7 @@ def _job(line: bytes, columns: list[str], cluster: str | None, read_ns: int) -> 
         start_ns=start,
         end_ns=time_ns(row["End"]),
         elapsed_s=_count(row, "ElapsedRaw"),
-        cpu_time_s=_count(row, "CPUTimeRAW"),
+        cpu_time_s=_count(row, "CPUTimeRAW", _MOST_CPU_S),
         cpus=_count(row, "AllocCPUS"),
         nodes=_maybe(row.get("NNodes")),
         node_list=row["NodeList"],
@@ -237,10 +239,12 @@ def time_ns(text: str) -> int | None:
     return (since.days * 86400 + since.seconds) * SECOND
 
 
-def _count(row: dict[str, str], field: str) -> int:
+def _count(row: dict[str, str], field: str, most: int = wire.INT64_MAX) -> int:
     value = _maybe(row[field])
     if value is None:
         raise ValueError(f"{field} is not a number: '{row[field]:.40}'")
+    if value > most:
+        raise ValueError(f"{field} is beyond all measure: {value}")
     return value
 
 

@@ -126,7 +126,7 @@ def as_parquet(report: Report, path: Path) -> None:
 
 def check(form: str, output: Path | None) -> None:
     """Raise UsageError for a form that cannot go where it shall."""
-    if form == "parquet" and output is None:
+    if form == "parquet" and (output is None or durable.stands_for_itself(output)):
         raise UsageError("parquet goes to a file: name it with --output")
 
 
@@ -134,10 +134,12 @@ def write(report: Report, form: str, output: Path | None) -> None:
     """Give a report in the form asked for, to a file or stdout. Raises SamsError."""
     check(form, output)
     if output is not None and form == "parquet":
-        temporary = output.with_name(f".{output.name}.tmp")
+        # Not the link: what it points to.
+        target = output.resolve()
+        temporary = target.with_name(f".{target.name}.tmp")
         try:
             as_parquet(report, temporary)
-            temporary.rename(output)
+            temporary.rename(target)
         except (OSError, duckdb.Error) as error:
             temporary.unlink(missing_ok=True)
             raise SamsError(f"{output}: cannot be written: {error}") from error
@@ -151,7 +153,7 @@ def put(content: str, output: Path | None) -> None:
         sys.stdout.write(content)
         return
     try:
-        durable.write(output, content.encode("utf-8", "surrogateescape"))
+        durable.write_output(output, content.encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise SamsError(f"{output}: cannot be written: {error.strerror}") from error
 

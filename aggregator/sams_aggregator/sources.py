@@ -91,7 +91,7 @@ def segments(path: Path) -> list[SegmentRef]:
 def _end(segment: Segment) -> int:
     try:
         return segment.end()
-    except SamsError as error:
+    except (SamsError, OSError) as error:
         # Its index is damaged; the frames may still be read.
         log.warning("segment %s: %s", segment.id, error)
         return segment.stored_bytes()
@@ -125,7 +125,10 @@ def folders(source: Source) -> Folders:
 
 
 def groups(source: Source, *, archived: bool = False) -> Iterator[Group]:
-    """Files that wait in a folder, or those archived there, some at a time."""
+    """Files that wait in a folder, or those archived there, some at a time.
+
+    Raises SamsError after all others if any could not be read.
+    """
     pattern = JSON_FILES if source.kind == "sams-json" else BATCH_FILES
     here = (
         Folders(
@@ -140,8 +143,13 @@ def groups(source: Source, *, archived: bool = False) -> Iterator[Group]:
     kind = KIND_SAMS_JSON if source.kind == "sams-json" else KIND_COUNTERS
     waiting: list[Found] = []
     size = 0
+    unread = []
     for name in here.names():
-        found = here.read(name)
+        try:
+            found = here.read(name)
+        except OSError as error:
+            unread.append(f"{name}: {error.strerror}")
+            continue
         if found is None:
             continue
         waiting.append(found)
@@ -151,6 +159,8 @@ def groups(source: Source, *, archived: bool = False) -> Iterator[Group]:
             waiting, size = [], 0
     if waiting:
         yield _group(waiting, kind)
+    if unread:
+        raise SamsError(f"{source.path}: {len(unread)} files cannot be read, like {unread[0]}")
 
 
 def _group(files: list[Found], kind: int) -> Group:

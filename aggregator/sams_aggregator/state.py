@@ -293,6 +293,9 @@ def _server(part: cfg.Aggregator) -> tuple[sa.Engine, str]:
 def _reason(error: sa.exc.SQLAlchemyError) -> str:
     said = getattr(error, "orig", None) or error
     text = " ".join(str(said).split())[:300]
-    if getattr(said, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    code = getattr(said, "sqlite_errorcode", None)
+    if code is not None and code & 0xFF == sqlite3.SQLITE_READONLY:
+        text += ": run this as who runs `ingest`"
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         text += ": move it away and `reprocess`, all in it comes from the archives"
     return text

@@ -28,6 +28,7 @@ from sams_receiver.config import NameRule, Receiver
 
 PROXY_HEADER: Final = "X-Sams-Proxy-Secret"
 MAX_FILE: Final = 4 << 20
+MAX_PASSWORD: Final = 1024
 _SCRYPT: Final = {"n": 1 << 14, "r": 8, "p": 1}
 _CACHE: Final = 4_096
 _CACHE_SECONDS: Final = 300.0
@@ -326,6 +327,6 @@ def split_basic(value: str) -> tuple[str, str]:
         user, colon, password = base64.b64decode(value, validate=True).decode().partition(":")
     except (binascii.Error, ValueError) as error:
         raise DeniedError(401, "malformed Authorization header") from error
-    if not colon or len(password) > 1024:
+    if not colon or len(password) > MAX_PASSWORD:
         raise DeniedError(401, "malformed Authorization header")
     return user, password

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
@@ -16,6 +16,9 @@ from sams_receiver.archive import Limits as SegmentLimits
 
 Positive = Annotated[int, Meta(ge=1, le=wire.INT64_MAX)]
 NotNegative = Annotated[int, Meta(ge=0, le=wire.INT64_MAX)]
+
+# sockaddr_un holds 108 bytes with a zero at their end.
+_MAX_UNIX: Final = 107
 
 
 class Tls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -171,6 +174,10 @@ def _check_cluster(where: str, name: str | None) -> None:
 def _check_listener(where: str, listener: Listener, section: Receiver) -> None:
     if listener.unix is None:
         _ = listener.tcp
+    elif not listener.unix.is_absolute() or len(bytes(listener.unix)) > _MAX_UNIX:
+        raise UsageError(
+            f"{where}: {listener.address}: has to be unix:/path, of at most {_MAX_UNIX} bytes"
+        )
     elif not re.fullmatch(r"0?[0-7]{3}", listener.mode):
         raise UsageError(f"{where}.mode: {listener.mode!r}: write it as '0660'")
     if listener.tls is None and not listener.local:
@@ -197,7 +204,7 @@ def _check_listener(where: str, listener: Listener, section: Receiver) -> None:
 def _check_rule(where: str, rule: NameRule) -> None:
     try:
         pattern = re.compile(rule.match)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{where}: not a regular expression: {error}") from error
     if "node" not in pattern.groupindex:
         raise UsageError(f"{where}: has no group (?P<node>…) that gives the node's name")

@@ -20,9 +20,11 @@ def command(arguments: argparse.Namespace) -> int:
     name: str = arguments.name
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,254}", name) is None:
         raise UsageError(f"{name!r}: only letters, digits, '.', '_', '@', '-'")
+    expires = None
     if arguments.expires is not None:
         try:
-            datetime.fromisoformat(arguments.expires)
+            # As one word: "2027-01-31 00:00" would be two in the file.
+            expires = datetime.fromisoformat(arguments.expires).isoformat()
         except ValueError as error:
             raise UsageError(f"--expires {arguments.expires}: not a time") from error
     if arguments.kind == "token":
@@ -30,9 +32,13 @@ def command(arguments: argparse.Namespace) -> int:
         print(f"token for {name}: {token}", file=sys.stderr)
         hashed = auth.hash_token(token)
     else:
-        password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
-        if len(password) < _MIN_PASSWORD:
-            raise UsageError(f"a password of fewer than {_MIN_PASSWORD} characters")
-        hashed = auth.hash_password(password)
-    print(" ".join(filter(None, (name, hashed, arguments.expires))))
+        password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+        if not _MIN_PASSWORD <= len(password) <= auth.MAX_PASSWORD:
+            most = auth.MAX_PASSWORD
+            raise UsageError(f"a password has {_MIN_PASSWORD} to {most} characters")
+        try:
+            hashed = auth.hash_password(password)
+        except UnicodeEncodeError as error:
+            raise UsageError("the password is not UTF-8 text") from error
+    print(" ".join(filter(None, (name, hashed, expires))))
     return 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from hashlib import blake2b
 from itertools import pairwise
+from pathlib import Path
 
 import msgspec
 
@@ -16,6 +19,8 @@ from sams_ebpf import paths, wire
 from sams_ebpf.errors import PartialError, UsageError
 from sams_receiver.archive import Archive, ArchiveError, FormatError, Frame, Kind, Problem, Segment
 from sams_receiver.archive import format as fmt
+
+log = logging.getLogger(__name__)
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -36,12 +41,13 @@ def verify(arguments: argparse.Namespace) -> int:
                 tag = fmt.tag_of_frame(frame)
                 if tag is None:
                     unreadable += 1
-                    continue
-                places.add(tag)
+                # What the aggregator keeps, rows of sacct say, may well be read twice.
+                elif frame.kind in (Kind.COUNTERS, Kind.UPSTREAM_JSON):
+                    places.add(tag)
             if segment.sealed:
-                segment.index()
+                segment.check_ending()
         except (ArchiveError, FormatError, OSError) as error:
-            lost.append(f"segment {segment.id}: {error}")
+            lost.append(_said(segment, error))
     doubled += places.doubled()
     for line in (*map(str, problems), *lost):
         print(line)
@@ -73,15 +79,25 @@ def list_(arguments: argparse.Namespace) -> int:
     """One line per segment."""
     archive = Archive.open(arguments.folder)
     print(f"{'segment':<17} {'state':<6} {'bytes':>12} {'raw':>12} {'frames':>8}  last received")
+    lost = _Lost(arguments.folder)
     for segment in archive.segments():
-        state = "sealed" if segment.sealed else "live"
-        frames, last_ns = _count(segment)
-        last = _time(last_ns) if last_ns else "-"
-        print(
-            f"{segment.id!s:<17} {state:<6} {segment.stored_bytes():>12} {segment.end():>12}"
-            f" {frames:>8}  {last}"
-        )
-    return 0
+        try:
+            line = _line(segment)
+        except (ArchiveError, FormatError, OSError) as error:
+            lost.add(_said(segment, error))
+        else:
+            print(line)
+    return lost.close()
+
+
+def _line(segment: Segment) -> str:
+    state = "sealed" if segment.sealed else "live"
+    frames, last_ns = _count(segment)
+    last = _time(last_ns) if last_ns else "-"
+    return (
+        f"{segment.id!s:<17} {state:<6} {segment.stored_bytes():>12} {segment.end():>12}"
+        f" {frames:>8}  {last}"
+    )
 
 
 def cat(arguments: argparse.Namespace) -> int:
@@ -90,13 +106,44 @@ def cat(arguments: argparse.Namespace) -> int:
     names = {str(segment.id) for segment in archive.segments()}
     if arguments.segment is not None and arguments.segment not in names:
         raise UsageError(f"--segment {arguments.segment}: no such segment; see 'archive list'")
+    lost = _Lost(arguments.folder)
     for segment in archive.segments():
-        if arguments.segment in (None, str(segment.id)):
-            for frame in segment.frames():
-                shown = _show(frame, arguments)
-                if shown is not None:
-                    print(json.dumps({"segment": str(segment.id), **shown}, default=_plain))
-    return 0
+        if arguments.segment not in (None, str(segment.id)):
+            continue
+        for frame in _frames(segment, lost):
+            shown = _show(frame, arguments)
+            if shown is not None:
+                print(json.dumps({"segment": str(segment.id), **shown}, default=_plain))
+    return lost.close()
+
+
+def _frames(segment: Segment, lost: _Lost) -> Iterator[Frame]:
+    try:
+        yield from segment.frames(on_damage=lambda problem: lost.add(str(problem)))
+    except (ArchiveError, FormatError, OSError) as error:
+        lost.add(_said(segment, error))
+
+
+def _said(segment: Segment, error: Exception) -> str:
+    text, head = str(error), f"segment {segment.id}: "
+    return text if text.startswith(head) else head + text
+
+
+class _Lost:
+    """What could not be shown: named at once, and counted for the exit status."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._any = False
+
+    def add(self, text: str) -> None:
+        log.error("%s", text)
+        self._any = True
+
+    def close(self) -> int:
+        if self._any:
+            raise PartialError(f"{self._folder}: not everything is good; see the lines above")
+        return 0
 
 
 def _count(segment: Segment) -> tuple[int, int]:
@@ -135,8 +182,11 @@ def _show(frame: Frame, arguments: argparse.Namespace) -> dict[str, object] | No
             document.pop("records", None)
         shown["batch"] = document
     elif frame.kind == Kind.UPSTREAM_JSON:
-        held = fmt.unpack_upstream(frame.data)
-        node, job = held.node, int(held.job)
+        try:
+            held = fmt.unpack_upstream(frame.data)
+            node, job = held.node, int(held.job)
+        except (FormatError, ValueError) as error:
+            return {**shown, "error": str(error)}
         shown["upstream"] = msgspec.structs.asdict(held)
     else:
         shown["bytes"] = len(frame.data)

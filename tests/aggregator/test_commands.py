@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import shutil
 import sqlite3
 import struct
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import duckdb
@@ -20,7 +21,9 @@ import msgspec
 import pytest
 import synthetic
 
-from sams_aggregator import __main__, cli
+from sams_aggregator import __main__, cli, sams_json, tables
+from sams_aggregator import config as cfg
+from sams_aggregator import state as st
 from sams_ebpf import program, wire
 from sams_receiver.archive import Appender, Archive, Item, Kind
 
@@ -94,6 +97,77 @@ def test_one_job_is_told_to_the_digit(site: Site) -> None:
     assert said["start"] == "2025-10-09T08:53:20Z"
     assert {"execs", "forks", "exits", "max_rss_bytes", "read_bytes"} <= set(said["executables"][0])
     assert sum(row["core_us"] for row in said["accounts"].values()) == ROW.cpu_time * 10**6
+
+
+def test_a_file_that_cannot_be_read_holds_up_no_other(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (one, two) = site.fill()
+    batches = site.folder / "batches"
+    (batches / "in").mkdir(parents=True)
+    for name, epoch in (("a", one), ("b", two)):
+        (batches / "in" / f"{name}.msgpack").write_bytes(epoch.encoded()[0])
+    read = sams_json.Folders.read
+
+    def refused(self: sams_json.Folders, name: PurePosixPath) -> sams_json.Found | None:
+        if name.name == "a.msgpack":
+            raise PermissionError(errno.EACCES, "Permission denied", str(name))
+        return read(self, name)
+
+    monkeypatch.setattr(sams_json.Folders, "read", refused)
+    status, _, err = site("ingest", "--batches", str(batches))
+    assert status == 4
+    assert f"{batches}: 1 files cannot be read, like a.msgpack: Permission denied" in err
+    assert (batches / "archive" / "b.msgpack").exists()
+    assert (batches / "in" / "a.msgpack").exists()
+
+
+def test_a_report_takes_the_place_of_no_device_and_no_link(site: Site) -> None:
+    site.fill()
+    device, link, file = (site.folder / name for name in ("null", "link", "file"))
+    device.symlink_to("/dev/null")
+    link.symlink_to(file)
+    assert site("report", "-o", str(device))[0] == site("report", "-o", str(link))[0] == 0
+    assert device.is_symlink()
+    assert device.is_char_device()
+    assert link.is_symlink()
+    assert file.read_text() == site("report")[1]
+    status, _, err = site("report", "--format", "parquet", "-o", str(device))
+    assert (status, device.is_char_device()) == (2, True)
+    assert "parquet goes to a file" in err
+    assert site("report", "--format", "parquet", "-o", str(link))[0] == 0
+    assert link.is_symlink()
+    assert file.read_bytes().startswith(b"PAR1")
+
+
+@pytest.mark.parametrize(
+    ("said", "claimed"),
+    [
+        ({"begin_ns": wire.INT64_MAX, "end_ns": wire.INT64_MAX}, {}),
+        ({"end_ns": wire.INT64_MAX}, {"cpus": wire.INT64_MAX, "nodes": wire.INT64_MAX}),
+        ({"begin_ns": 0, "end_ns": 0}, {"job_id": wire.INT64_MAX}),
+    ],
+)
+def test_nonsense_of_one_node_stops_no_report(
+    site: Site, said: dict[str, Any], claimed: dict[str, Any]
+) -> None:
+    epochs = site.fill()
+    own = {**msgspec.structs.asdict(epochs[0].claims), "start_ns": None, **claimed}
+    bad = msgspec.structs.replace(
+        epochs[0].last, epoch=b"b" * 16, claims=wire.Claims(**own),
+        records=[wire.Record(b"/a%d" % n, 0, None, wire.INT64_MAX) for n in range(9)], **said,
+    )  # fmt: skip
+    with Appender.open(site.archive) as appender:
+        appender.append([Item(Kind.COUNTERS, wire.encode(bad))])
+    assert site("ingest")[0] == 0
+    for more in ((), ("--by", "job,month,path"), ("--core-time", "upstream"), ("--coverage",)):
+        status, _, err = site("report", *more, "--json")
+        assert (status, err) == (0, "")
+    total = json.loads(site("report", "--json")[1])
+    assert total["total"]["core_us"] == total["sacct"]["core_us"] == ROW.cpu_time * 10**6
+    for command in (["report", "--job", "42"], ["timeline", "42"], ["extract", "--dry-run"],
+                    ["export-sams-json", str(site.folder / "json")]):  # fmt: skip
+        assert site(*command)[0] == 0
 
 
 def test_a_report_in_every_form_holds_the_same(site: Site) -> None:
@@ -237,6 +311,7 @@ def test_upstreams_json_counts_unless_there_are_batches(site: Site) -> None:
         (("report", "--from", "2026-05", "--to", "2026-01"), "no month in between"),
         (("report", "--top", "--by", "user"), "--by: not together with --top"),
         (("report", "--cluster", "c9"), "no run of it; there are none"),
+        (("export-sams-json", "json", "--cluster", "c9"), "no run of it; there are none"),
         (("ingest", "--data", "/proc/nowhere"), "/proc/nowhere: No such file"),
     ],
 )
@@ -249,7 +324,8 @@ def test_errors_are_one_line(site: Site, arguments: tuple[str, ...], reason: str
 
 
 @pytest.mark.parametrize("option", [("report", "--limit", "-1"), ("gc", "--grace", "-1"),
-                                    ("report", "--job", "x"), ("timeline", "1.5")])  # fmt: skip
+                                    ("report", "--job", "x"), ("report", "--job", "9" * 20),
+                                    ("timeline", "1.5"), ("timeline", "9" * 20)])  # fmt: skip
 def test_numbers_are_refused_that_are_none(option: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as stopped:
         program.run(cli.build, option)
@@ -317,6 +393,45 @@ def test_a_state_that_is_damaged_is_one_line_and_can_be_made_again(site: Site) -
             path.unlink()
         assert site("reprocess")[0] == 0
         assert site("report")[1] == before
+
+
+def test_a_full_disk_is_told_with_its_place_and_blamed_on_no_facts(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.fill()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_too(*_: object, **__: object) -> None:
+        raise duckdb.IOException('IO Error: Could not write file "x": No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        status, _, err = site("software", "update")
+        reason = f"{site.folder}/data/archive: cannot be written: No space left on device"
+        assert (status, err.splitlines()[-1]) == (1, f"sams-aggregator: error: {reason}")
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "copy", full_too)
+        status, _, err = site("report")
+        assert (status, len(err.splitlines())) == (1, 1)
+        assert "make room" in err
+        assert "reprocess" not in err
+    assert site("report")[0] == 0
+
+
+def test_a_state_that_may_not_be_written_says_who_may(site: Site) -> None:
+    site.fill()
+    state = st.open_state(cfg.Aggregator(data=site.folder / "data"))
+
+    def write() -> None:
+        with state.begin() as connection:
+            connection.exec_driver_sql("PRAGMA query_only = 1")
+            connection.execute(st.paths.insert().values(path=b"x"))
+
+    with pytest.raises(st.StateError, match="run this as who runs `ingest`"):
+        write()
+    state.close()
 
 
 def damage(file: Path) -> Callable[[bytes], None]:

@@ -369,6 +369,7 @@ REFUSED = [
     ({"rules": [GOOD | {"match": None}]}, "rule 1: match: has to be text"),
     ({"rules": [GOOD | {"version": 3.12}]}, "rule 1: version: has to be text; put 3.12 in quotes"),
     ({"rules": [GOOD | {"version": None}]}, "rule 1: version: has to be text"),
+    ({"rules": [GOOD | {"software": "a\ud800"}]}, r"rule 1: software: 'a\ud800' is no text"),
     ({"rules": [{"match": "^/"}]}, "rule 1: has no 'software'"),
     ({"rules": [GOOD | {"ignroe": True}]}, "rule 1: ignroe: unknown key"),
     ({"rules": [GOOD | {"ignore": "maybe"}]}, "rule 1: ignore: has to be true or false"),

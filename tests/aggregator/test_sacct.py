@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from pathlib import Path
@@ -78,6 +79,16 @@ def test_bad_lines_are_named_and_the_rest_is_read() -> None:
     assert "JobIDRaw is not a number" in problems[1].reason
     assert "node list" in problems[2].reason
     assert "not a time" in problems[3].reason
+
+
+def test_a_row_beyond_all_measure_is_passed_over() -> None:
+    # As a job without an end had in the past: 2^32 - start.
+    bad = dataclasses.replace(ROW, elapsed=2**32 - 1, cpus=100_000)
+    jobs, problems = parse(synthetic.output([bad, ROW]))
+    assert [job.cpu_time_s for job in jobs] == [ROW.cpu_time]
+    assert [problem.reason for problem in problems] == [
+        f"CPUTimeRAW is beyond all measure: {(2**32 - 1) * 100_000}"
+    ]
 
 
 def test_jobs_that_have_not_begun_are_no_runs() -> None:

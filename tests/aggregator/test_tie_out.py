@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo
 import facts
 import pytest
 import synthetic
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import Row
 
@@ -332,6 +332,35 @@ def test_shares_add_up_and_are_within_one_of_exact(whole: int, weights: dict[int
     assert sum(parts.values()) == whole
     for key, part in parts.items():
         assert abs(part - Fraction(whole * max(0, weights[key]), total)) < 1
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 10**20),
+            st.dictionaries(st.integers(0, 50) | st.none(), st.integers(1, 10**25), min_size=1),
+        ),
+        max_size=5,
+    )
+)
+def test_the_database_shares_out_as_plain_python_does_at_any_size(
+    groups: list[tuple[int, dict[int | None, int]]],
+) -> None:
+    connection = tables.connect()
+    connection.execute("CREATE TABLE weight (run BIGINT, whole HUGEINT, flags BIGINT, w HUGEINT)")
+    for run, (whole, weights) in enumerate(groups):
+        rows = [[run, str(whole), flags, str(w)] for flags, w in weights.items()]
+        connection.executemany("INSERT INTO weight VALUES (?, ?, ?, ?)", rows)
+    accounts.share_out(connection, ("run",), ("flags",))
+    found: dict[int, dict[int | None, int]] = defaultdict(dict)
+    for run, flags, part in connection.execute("SELECT run, flags, core_us FROM shared").fetchall():
+        found[run][flags] = int(part)
+    for run, (whole, weights) in enumerate(groups):
+        keyed = {-1 if flags is None else flags: w for flags, w in weights.items()}
+        assert {-1 if k is None else k: p for k, p in found[run].items()} == coretime.share(
+            whole, keyed
+        )
 
 
 def test_months_of_the_site_have_the_hours_that_the_clocks_give_them() -> None:

@@ -404,6 +404,23 @@ def test_what_is_set_aside_has_a_quota(folder: Path) -> None:
     box.close()
 
 
+def test_a_folder_among_the_set_aside_is_left_alone_and_stops_nothing(folder: Path) -> None:
+    fill(folder, 20)
+    box = opened(folder, rejected_max_bytes=32 << 10)
+    kept = folder / "rejected" / "kept"
+    kept.mkdir()
+    os.utime(kept, (1, 1))
+    for name in waiting(folder):
+        box.refuse("main", name, b"x" * 4096, "no")
+    assert kept.is_dir()
+    there = [file for file in kept.parent.iterdir() if file.is_file()]
+    assert sum(file.stat().st_blocks * 512 for file in there) <= 32 << 10
+    left = sum(file.suffix == ".msgpack" for file in there)
+    told = [one.dropped.batches for one in tombstones(folder) if one.dropped is not None]
+    assert sum(told) == rejected.tally(folder / "shipper" / rejected.TALLY).batches == 20 - left
+    box.close()
+
+
 def test_what_finds_no_room_among_the_set_aside_is_told(folder: Path) -> None:
     """A receiver that refuses everything: nothing goes without a tombstone and a count."""
     fill(folder, 30)

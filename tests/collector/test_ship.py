@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -322,6 +323,37 @@ def test_corrupt_files_are_set_aside_and_the_rest_goes_on(
     assert (folder / "README").exists()
 
 
+def test_once_does_not_set_the_whole_spool_aside(
+    folder: Path, receiver: Receiver, config: Path
+) -> None:
+    receiver.behave = lambda _: shipping.status(409)
+    fill(folder, 20)
+    ran = once(config)
+    assert ran.returncode == 4
+    assert "receiver main refused 8 batches in a row: the rest is kept" in ran.stderr
+    assert len(waiting(folder)) == 12
+    assert "12 batches still wait, 8 were set aside" in ran.stderr
+
+
+def test_what_does_not_speak_http_is_told(folder: Path, tmp_path: Path) -> None:
+    fill(folder, 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def speak() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"220 mail.example.org ESMTP\r\n")
+
+        thread = threading.Thread(target=speak)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        ran = once(configure(tmp_path / "smtp.yaml", folder, {"main": {"url": url}}))
+        thread.join()
+    assert "main failed: not an answer in HTTP: 220 mail.example.org ESMTP" in ran.stderr
+    assert len(waiting(folder)) == 1
+
+
 def test_a_link_in_the_spool_is_not_followed(
     tmp_path: Path, folder: Path, receiver: Receiver, config: Path
 ) -> None:
@@ -329,7 +361,9 @@ def test_a_link_in_the_spool_is_not_followed(
     (name,) = waiting(folder)
     (folder / name).rename(tmp_path / name)
     (folder / name).symlink_to(tmp_path / name)
-    assert once(config).returncode == 0
+    ran = once(config)
+    assert ran.returncode == 0
+    assert f"{folder / name}: not a file, left alone" in ran.stderr
     assert receiver.attempts == 0
     assert (tmp_path / name).exists()
 
@@ -338,6 +372,21 @@ def test_two_shippers_do_not_work_on_one_spool(folder: Path, config: Path) -> No
     with service(config):
         until((folder / "shipper" / "lock").exists)
         until(lambda: "another shipper" in (ran := once(config)).stderr and ran.returncode == 1)
+
+
+def test_a_spool_that_goes_away_is_one_line(
+    tmp_path: Path, folder: Path, receiver: Receiver, config: Path
+) -> None:
+    receiver.behave = lambda _: shipping.status(503)
+    fill(folder, 1)
+    log = tmp_path / "log"
+    with service(config, log=log) as process:
+        until(lambda: receiver.attempts > 0)
+        folder.rename(folder.with_name("gone"))
+        assert process.wait(20) == 1
+    lines = log.read_text().splitlines()
+    assert "is the spool's disk there?" in lines[-1]
+    assert all("node=n1: " in line for line in lines)
 
 
 @pytest.mark.parametrize("kind", ["absent", "file"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -377,6 +378,26 @@ def test_a_disk_that_is_gone_stops_the_writer(
     with pytest.raises(archive.SyncFailedError, match="earlier"):
         fill(appender, PAYLOADS[5:10])
     assert stored(folder) == PAYLOADS[:5]
+
+
+def test_nothing_is_acknowledged_that_goes_to_a_file_without_a_name(
+    folder: Path, appender: Appender
+) -> None:
+    fill(appender, PAYLOADS[:5])
+    shutil.rmtree(folder)
+    with pytest.raises(archive.SyncFailedError, match="was removed while in use"):
+        fill(appender, PAYLOADS[5:10])
+    with pytest.raises(archive.SyncFailedError, match="earlier"):
+        fill(appender, PAYLOADS[5:10])
+
+
+def test_an_archive_without_one_of_its_partitions_is_not_read_as_if_it_were_whole(
+    folder: Path, appender: Appender
+) -> None:
+    fill(appender, PAYLOADS[:5])
+    shutil.rmtree(folder / "p0000")
+    with pytest.raises(ArchiveError, match="p0000: is not there"):
+        Archive.open(folder).segments()
 
 
 @pytest.mark.parametrize("step", ["before rename", "after rename"])

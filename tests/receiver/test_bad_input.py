@@ -77,6 +77,8 @@ def _fuzz(folder: Path, bodies: int, connections: int) -> None:
                 for _ in range(8):
                     group.create_task(worker(session, seeds))
                 group.create_task(asyncio.to_thread(_raw, receiver, connections))
+            while not slow.cut:  # noqa: ASYNC110 - all else may be done before they are cut off
+                await asyncio.sleep(0.1)
             load.stop()
             await asyncio.to_thread(slow.stop)
             await sending

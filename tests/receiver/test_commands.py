@@ -78,10 +78,53 @@ def test_verify_says_what_is_damaged(folder: Path) -> None:
     assert "13 frames" in bad.stdout
     assert "Traceback" not in bad.stderr
     with Appender.open(folder) as appender:
+        appender.append([Item(Kind.RULES, b"rules")])  # may be: that is no resend
         appender.append([Item(Kind.COUNTERS, batches.encoded(job=2, sequence=3))])
     doubled = command("archive", "verify", folder)
     assert doubled.returncode == 4
     assert "1 stored twice" in doubled.stdout
+
+
+def test_list_and_cat_go_on_behind_a_segment_that_cannot_be_read(folder: Path) -> None:
+    (sealed,) = (folder / "p0000").glob("*.seg")
+    sealed.unlink()
+    sealed.mkdir()
+    for action, lines in (("list", 2), ("cat", 6)):
+        done = command("archive", action, folder)
+        assert (done.returncode, len(done.stdout.splitlines())) == (4, lines)
+        first, last = done.stderr.splitlines()
+        assert "segment 0000-000000000001: [Errno 21] Is a directory" in first
+        assert "not everything is good" in last
+
+
+def test_cat_says_what_it_passes_over(folder: Path) -> None:
+    (raw,) = (folder / "p0000").glob("*.raw")
+    data = bytearray(raw.read_bytes())
+    data[300] ^= 4
+    raw.write_bytes(data)
+    done = command("archive", "cat", folder)
+    assert (done.returncode, len(done.stdout.splitlines())) == (4, 13)
+    assert "segment 0000-000000000002: bytes 128 to " in done.stderr
+    with Appender.open(folder) as appender:
+        appender.append([Item(Kind.UPSTREAM_JSON, b"none")])
+    shown = command("archive", "cat", folder).stdout.splitlines()[-1]
+    assert "not a frame of upstream's JSON" in json.loads(shown)["error"]
+
+
+@pytest.mark.parametrize("at", [20, -10])
+def test_verify_finds_a_damaged_directory(folder: Path, at: int) -> None:
+    (sealed,) = (folder / "p0000").glob("*.seg")
+    packed = sealed.read_bytes()
+    # The directory's frame ends where the index's begins: with its trailer.
+    end = packed.rindex(b"SAMSDIR1") + 8
+    begin = end - 24 - int.from_bytes(packed[end - 16 : end - 12], "little")
+    data = bytearray(packed)
+    data[begin + at if at > 0 else end + at] ^= 1
+    sealed.write_bytes(data)
+    bad = command("archive", "verify", folder)
+    assert bad.returncode == 4
+    assert "segment 0000-000000000001: directory" in bad.stdout
+    assert bad.stdout.splitlines()[-1].startswith("14 frames")
 
 
 def test_no_archive_is_one_line(tmp_path: Path) -> None:
@@ -110,14 +153,21 @@ def test_check_config(tmp_path: Path) -> None:
 
 
 def test_credentials_that_are_made_let_in(tmp_path: Path) -> None:
-    made = command("credential", "token", "n1", "--expires", "2999-01-01")
+    made = command("credential", "token", "n1", "--expires", "2999-01-01 00:00")
     assert made.returncode == 0
     token = made.stderr.strip().rpartition(" ")[2]
     assert token not in made.stdout
-    password = command("credential", "password", "n2", stdin="a long password\n")
+    password = command("credential", "password", "n2", stdin="a long password\r\n")
     short = command("credential", "password", "n2", stdin="short\n")
     assert short.returncode == 2
     assert command("credential", "token", "a b").returncode == 2
+    assert command("credential", "password", "n2", stdin="x" * 1025).returncode == 2
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff" * 20)
+    for source in ("/dev/null", "&-", str(binary)):
+        run = f'exec "$0" -m sams_receiver credential password n2 <{source}'
+        done = subprocess.run(["sh", "-c", run, sys.executable], capture_output=True, check=False)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     section = {
         "tokens_file": str(receiving.private(tmp_path / "t", made.stdout)),
         "passwords_file": str(receiving.private(tmp_path / "p", password.stdout)),

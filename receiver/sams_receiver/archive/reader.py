@@ -156,13 +156,30 @@ class Segment:
     def directory(self, decompress: fmt.Decompress = fmt.decompress) -> Directory | None:
         """Directory of a sealed segment; None if it has none that can be used."""
         try:
-            index = self.index()
-            with self._open(self.sealed_path) as file:
-                found = fmt.skippable_before(_of(file), self._index_at, directory.MAGIC)
-            return None if found is None else Directory(found[1], index.frames, decompress)
+            found = self._packed_directory()
+            return None if found is None else Directory(found[1], self.index().frames, decompress)
         except fmt.FormatError as error:
             log.warning("segment %s: %s; read without it", self._id, error)
             return None
+
+    def check_ending(self) -> None:
+        """Look at what stands behind the blocks of a sealed segment, which readers can do without.
+
+        Raises fmt.FormatError if it is damaged.
+        """
+        index = self.index()
+        found = self._packed_directory()
+        if found is not None:
+            Directory(found[1], index.frames)
+        end = sum(block.length for block in index.blocks)
+        if end != (self._index_at if found is None else found[0]):
+            raise fmt.FormatError("directory cannot be found")
+
+    def _packed_directory(self) -> tuple[int, bytes] | None:
+        """Where the directory begins, and its bytes. Raises fmt.FormatError."""
+        self.index()
+        with self._open(self.sealed_path) as file:
+            return fmt.skippable_before(_of(file), self._index_at, directory.MAGIC)
 
     def frames(self, from_offset: int = 0, on_damage: OnDamage = warn) -> Iterator[fmt.Frame]:
         """Frames that start at or after from_offset; a damaged range is reported and passed.
@@ -338,12 +355,20 @@ class Archive:
         return cls(folder, read_manifest(folder))
 
     def segments(self) -> list[Segment]:
-        """All segments by partition and number."""
-        return [
-            Segment(folder, SegmentId(partition, number), self.manifest.id)
-            for partition, folder in self._partitions()
-            for number in numbers(folder)
-        ]
+        """All segments by partition and number.
+
+        Raises ArchiveError where a whole partition is not there: what is read without it
+        would look complete.
+        """
+        found = []
+        for partition, folder in self._partitions():
+            if not folder.is_dir():
+                raise ArchiveError(f"{folder}: is not there: restore it, or mount its disk")
+            found += [
+                Segment(folder, SegmentId(partition, number), self.manifest.id)
+                for number in numbers(folder)
+            ]
+        return found
 
     def segment(self, partition: int, number: int) -> Segment:
         """One segment by its id; reading it fails if it is not there."""
@@ -379,20 +404,27 @@ def partition_folder(folder: Path, partition: int) -> Path:
 
 
 def numbers(folder: Path) -> list[int]:
-    """Numbers of the segments in a partition's folder, lowest first."""
+    """Numbers of the segments in a partition's folder, lowest first. Raises ArchiveError."""
     try:
         names = [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise ArchiveError(f"{folder}: cannot be read: {error.strerror}") from error
     return sorted({int(match[1]) for match in map(_NAME.fullmatch, names) if match})
 
 
 def read_mark(folder: Path) -> tuple[int, int] | None:
-    """Segment number and length that are known to be on disk; None if not told."""
+    """Segment number and length that are known to be on disk; None if not told.
+
+    Raises ArchiveError.
+    """
     try:
         data = (folder / MARK).read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ArchiveError(f"{folder / MARK}: cannot be read: {error.strerror}") from error
     return fmt.parse_mark(data)
 
 

@@ -122,11 +122,18 @@ class PartitionWriter:
             ) from error
         try:
             os.fdatasync(self._fd)
+            removed = os.fstat(self._fd).st_nlink == 0
         except OSError as error:
             self.failed = True
             raise SyncFailedError(
                 f"{self._path()}: fdatasync failed: {error.strerror}; nothing more is acknowledged"
             ) from error
+        if removed:
+            # On the disk, but without a name: gone as soon as it is closed.
+            self.failed = True
+            raise SyncFailedError(
+                f"{self._path()}: was removed while in use; nothing more is acknowledged"
+            )
         offsets = []
         at = self._length
         for frame in packed:

@@ -566,7 +566,9 @@ def share_out(connection: Any, of: Sequence[str], by: Sequence[str]) -> None:  #
     groups, keys = ", ".join(of), ", ".join(by)
     vast = connection.execute(
         f"SELECT {groups}, any_value(whole)::VARCHAR, list(struct_pack({keys}, w := w::VARCHAR))"
-        f" FROM weight GROUP BY {groups} HAVING any_value(whole)::DOUBLE * max(w)::DOUBLE > {_MOST}"
+        f" FROM weight SEMI JOIN (SELECT {groups} FROM weight GROUP BY {groups}"
+        f" HAVING any_value(whole)::DOUBLE * max(w)::DOUBLE > {_MOST}) USING ({groups})"
+        f" GROUP BY {groups}"
     ).fetchall()
     rows = []
     for *group, whole, parts in vast:

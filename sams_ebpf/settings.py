@@ -30,7 +30,7 @@ def load(path: Path, model: type[T]) -> T:
 
     Raises UsageError with one line that names the file, the key and the fix.
     """
-    document = read_yaml(path)
+    document = read_yaml(path, strict=True)
     if document is None:
         document = {}
     if not isinstance(document, dict):
@@ -46,8 +46,11 @@ def load(path: Path, model: type[T]) -> T:
     return convert(wanted, model, str(path))
 
 
-def read_yaml(path: Path) -> Any:  # noqa: ANN401
-    """Parse one YAML document, or raise UsageError with file and line."""
+def read_yaml(path: Path, *, strict: bool = False) -> Any:  # noqa: ANN401
+    """Parse one YAML document, or raise UsageError with file and line.
+
+    strict: a key may not stand twice in one mapping.
+    """
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -57,7 +60,7 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401
     import yaml  # noqa: PLC0415 (a megabyte that a node without a file does without)
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _strict_loader() if strict else yaml.SafeLoader)  # noqa: S506 - both are safe
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
@@ -66,6 +69,25 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401
         # A value of the right looks that is none (2026-02-31, !!int x): PyYAML lets through
         # whatever its conversion raises.
         raise UsageError(f"{path}: not valid YAML: {error!s:.200}") from error
+
+
+def _strict_loader() -> Any:  # noqa: ANN401
+    """PyYAML's safe loader, but for a key that stands twice: the first was meant, too."""
+    import yaml  # noqa: PLC0415
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in seen:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"{key.value}: stands there twice", key.start_mark
+                        )
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Strict
 
 
 def read_secret(path: Path) -> str:

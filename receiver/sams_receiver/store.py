@@ -108,6 +108,7 @@ class Store:
         self._closing = False
         self.free_bytes = 0
         self.trouble: str | None = None
+        self._short = False
 
     def start(self) -> None:
         """Begin to take batches. Needs a running event loop."""
@@ -211,9 +212,13 @@ class Store:
                 if not waiting.done.done():
                     waiting.done.set_result(None)
             self._observer.committed(count, size, time.perf_counter() - begin)
-            self.trouble = None
+            if self.trouble is not None:
+                log.warning("%s: can be written again", self._folder)
+                self.trouble = None
             self._roll(partition)
             return
+        if self.trouble is None:
+            log.error("%s: senders are refused, and keep theirs, until it can be", problem)
         self.trouble = str(problem)
         self._observer.write_failed()
         for waiting in group:
@@ -267,6 +272,18 @@ class Store:
             self.free_bytes = shutil.disk_usage(self._folder).free
         except OSError as error:
             log.warning("%s: cannot tell the free space: %s", self._folder, error.strerror)
+            return
+        short = self.free_bytes < self._min_free
+        if short != self._short:
+            self._short = short
+            log.log(
+                logging.ERROR if short else logging.WARNING,
+                "%s: %d bytes free, min_free_bytes is %d: %s",
+                self._folder,
+                self.free_bytes,
+                self._min_free,
+                "make room; senders are refused, and keep theirs" if short else "taken again",
+            )
 
 
 def _commit(writer: PartitionWriter, items: list[Item]) -> NotStoredError | SyncFailedError | None:

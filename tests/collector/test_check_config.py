@@ -59,6 +59,7 @@ def test_absent_files_are_named_each(config: Path, token: Path) -> None:
         ("collector: {interval_s: no}", "collector.interval_s: Expected `float`"),
         ("- 1", "top level has to be a mapping"),
         ("site: 2026-02-31", "not valid YAML: day is out of range"),
+        ("site: {}\nspool: {}\nsite: {}", ":3: not valid YAML: site: stands there twice"),
         ("site: !!int x", "not valid YAML: invalid literal"),
         ("site: !!float ''", "not valid YAML: string index"),
         ("site: !!timestamp x", "not valid YAML"),

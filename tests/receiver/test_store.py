@@ -76,7 +76,7 @@ async def test_who_gives_up_waiting_takes_nobody_along(tmp_path: Path) -> None:
 
 
 async def test_a_write_that_fails_fails_for_all_who_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, _, fatal = make(tmp_path)
 
@@ -88,16 +88,24 @@ async def test_a_write_that_fails_fails_for_all_who_wait(
         found = await asyncio.gather(put(store), put(store), put(store, 1), return_exceptions=True)
         assert all(isinstance(error, NotStoredError) and error.full for error in found)
         assert store.trouble is not None
+    assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1, "not at each group"
     assert await put(store) is Verdict.NEW
+    assert "can be written again" in caplog.records[-1].getMessage()
     assert store.trouble is None
     assert not fatal
     await store.close()
 
 
-async def test_too_little_free_space_takes_nothing(tmp_path: Path) -> None:
+async def test_too_little_free_space_takes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store, _, _ = make(tmp_path, min_free_bytes=1 << 60)
-    with pytest.raises(NotStoredError, match="min_free_bytes"):
-        await put(store)
+    for _ in range(2):
+        with pytest.raises(NotStoredError, match="min_free_bytes"):
+            await put(store)
+    said = [r.getMessage() for r in caplog.records if "min_free_bytes" in r.getMessage()]
+    assert len(said) == 1, "once, not at each batch"
+    assert "make room" in said[0]
     await store.close()
 
 

@@ -150,6 +150,14 @@ class Receiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("token_file and basic_file exclude each other")
         if (self.client_certificate is None) != (self.client_key is None):
             raise ValueError("client_certificate and client_key go together")
+        if self.proxy is not None:
+            try:
+                parts = urlsplit(self.proxy)
+                good = parts.scheme in ("https", "http") and parts.hostname and parts.port != 0
+            except ValueError as error:
+                raise ValueError(f"proxy: {error}") from None
+            if not good:
+                raise ValueError("proxy: has to be http://HOST:PORT or https://HOST:PORT")
 
 
 class Ship(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

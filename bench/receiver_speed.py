@@ -19,7 +19,7 @@ from bench.section import Section, Table
 ROUNDS = 9
 SECONDS = 4.0
 CONNECTIONS = 200
-BATCHES = 90_000
+BATCHES = 150_000
 RECORDS = 23
 
 

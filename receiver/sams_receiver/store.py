@@ -217,7 +217,7 @@ class Store:
                 self.trouble = None
             self._roll(partition)
             return
-        if self.trouble is None:
+        if self.trouble is None and isinstance(problem, NotStoredError):
             log.error("%s: senders are refused, and keep theirs, until it can be", problem)
         self.trouble = str(problem)
         self._observer.write_failed()

@@ -230,12 +230,21 @@ SUBPROGRAM charge(struct sams_task *row, struct sams_slot *slot, struct columns 
 	return 0;
 }
 
+/* No task has run for longer than it is old, by clocks that may go a little differently. */
+static __always_inline int is_possible(struct sams_task *row, u64 cpu_ns)
+{
+	u64 age_ns = bpf_ktime_get_boot_ns() - row->start_ns;
+
+	return cpu_ns <= age_ns + age_ns / 256 + 1000000000ULL;
+}
+
 /* Of a task whose free was not seen, what is known. */
 SUBPROGRAM charge_unseen(struct sams_task *row, struct sams_slot *slot)
 {
 	if (!row || !slot)
 		return 0;
-	settle_cpu(row, image_of(row, slot), row->exit_ns, FORWARD);
+	if (is_possible(row, row->exit_ns))
+		settle_cpu(row, image_of(row, slot), row->exit_ns, FORWARD);
 	lose(slot, SAMS_LOST_MISSED_DEATHS);
 	return 0;
 }
@@ -443,9 +452,10 @@ static __always_inline int is_row_of(struct sams_task *row, struct task_struct *
 	if (row->start_ns == start_ns)
 		return 1;
 	/* A thread that execs takes over the birth of its leader, and the two swap their
-	 * numbers (de_thread()). */
+	 * numbers (de_thread()). One that is being made is a copy of who makes it, the leader maybe,
+	 * but for whom it follows. */
 	pid = LOAD(how, task, pid);
-	if (pid != tgid || row->pid == tgid)
+	if (pid != tgid || row->pid == tgid || LOAD(how, task, group_leader) != task)
 		return 0;
 	row->pid = pid;
 	row->start_ns = start_ns;
@@ -1453,6 +1463,11 @@ static __always_inline enum found settle_row(u64 key)
 	exiting = row->state & SAMS_ROW_EXITING;
 	/* Last, so that what was read above was this task's. */
 	if (!slot || !is_row_of(row, task, BARE)) {
+		/* In the middle of becoming its leader; or of being made at this address, and then
+		 * looked at when it is done. */
+		if (slot && READ(task, tgid) == (int)row->tgid && is_leader(task, BARE) &&
+		    row->pid != row->tgid)
+			return SETTLED;
 		/* Freed just now, and seen: its row is gone, or another task's already. */
 		row = bpf_map_lookup_elem(MAP(tasks), &key);
 		if (!row || row->start_ns != start_ns)
@@ -1464,6 +1479,10 @@ static __always_inline enum found settle_row(u64 key)
 		row->slot_id = 0;
 		return UNSEEN;
 	}
+	/* This runs beside everything else and may be interrupted: memory that was another's when
+	 * the counters were read must not make years of CPU time. */
+	if (!is_possible(row, now.of[SAMS_CPU]))
+		return SETTLED;
 	if (mm && is_leader(task, BARE)) {
 		pages = mm_rss_pages(mm);
 		most = READ(mm, hiwater_rss);

@@ -230,11 +230,14 @@ SUBPROGRAM charge(struct sams_task *row, struct sams_slot *slot, struct columns 
 	return 0;
 }
 
-/* No task has run for longer than it is old, by clocks that may go a little differently. */
+/* No task has run for longer than it is old, by clocks that may go a little differently; nor
+ * less than it had at its exit, a slice aside that was put too far. */
 static __always_inline int is_possible(struct sams_task *row, u64 cpu_ns)
 {
 	u64 age_ns = bpf_ktime_get_boot_ns() - row->start_ns;
 
+	if (row->state & SAMS_ROW_EXITING && cpu_ns + option_slice_ns < row->exit_ns)
+		return 0;
 	return cpu_ns <= age_ns + age_ns / 256 + 1000000000ULL;
 }
 
@@ -1461,8 +1464,9 @@ static __always_inline enum found settle_row(u64 key)
 	mm = READ(task, mm);
 	dead = task_state(task, BARE) & TASK_DEAD;
 	exiting = row->state & SAMS_ROW_EXITING;
-	/* Last, so that what was read above was this task's. */
-	if (!slot || !is_row_of(row, task, BARE)) {
+	/* Last, so that what was read above was this task's; but of a task whose free went unseen
+	 * one page may be another's already, and the next not yet. */
+	if (!slot || !is_row_of(row, task, BARE) || !is_possible(row, now.of[SAMS_CPU])) {
 		/* In the middle of becoming its leader; or of being made at this address, and then
 		 * looked at when it is done. */
 		if (slot && READ(task, tgid) == (int)row->tgid && is_leader(task, BARE) &&
@@ -1479,10 +1483,6 @@ static __always_inline enum found settle_row(u64 key)
 		row->slot_id = 0;
 		return UNSEEN;
 	}
-	/* This runs beside everything else and may be interrupted: memory that was another's when
-	 * the counters were read must not make years of CPU time. */
-	if (!is_possible(row, now.of[SAMS_CPU]))
-		return SETTLED;
 	if (mm && is_leader(task, BARE)) {
 		pages = mm_rss_pages(mm);
 		most = READ(mm, hiwater_rss);

@@ -119,6 +119,15 @@ static __always_inline struct sams_slot *slot_of(u32 id)
 	return slot;
 }
 
+/* Id of the slot whose cgroup a task is in, 0 for none. */
+static __always_inline u32 place_of(struct task_struct *task)
+{
+	u64 cgroup = task_cgroup_id(task, option_controller);
+	u32 *id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
+
+	return id ? *id : 0;
+}
+
 static __always_inline struct sams_counters *counters_of(struct sams_slot *slot, u32 index,
 							 u32 state)
 {
@@ -536,14 +545,12 @@ static __always_inline int has_threads(struct task_struct *task, enum typing how
 
 static __always_inline void new_task(struct task_struct *child, struct task_struct *parent)
 {
-	u64 key = (u64)child, cgroup = task_cgroup_id(child, option_controller), begin;
+	u64 key = (u64)child, begin;
 	struct sams_task *origin = row_of(parent, TYPED), *kept, row = {};
 	struct sams_slot *slot = 0, *home = 0, *owner;
 	int process, inside = 0, same;
-	u32 *id, slot_id;
+	u32 slot_id = place_of(child); /* of a slot in use it is never 0 */
 
-	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
-	slot_id = id ? *id : 0; /* of a slot in use it is never 0 */
 	if ((!slot_id && !origin) || is_off())
 		return;
 	begin = enter();
@@ -736,14 +743,12 @@ static __always_inline void charge_refused(struct task_struct *task)
 {
 	struct sams_node *all = the_node();
 	struct sams_slot *slot;
-	u64 cgroup;
-	u32 *id;
+	u32 id;
 
 	if (!all || !all->refused || all->tripped)
 		return;
-	cgroup = task_cgroup_id(task, option_controller);
-	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
-	slot = id ? slot_of(*id) : 0;
+	id = place_of(task);
+	slot = id ? slot_of(id) : 0;
 	if (option_exact)
 		forget_moves((u64)task);
 	if (slot && slot->lost[SAMS_LOST_TASKS_FULL])
@@ -821,14 +826,6 @@ static __always_inline void count_move(struct sams_slot *from, struct sams_slot 
 static __always_inline u32 in_use(u32 slot_id)
 {
 	return slot_id && slot_of(slot_id) ? slot_id : 0;
-}
-
-static __always_inline u32 place_of(struct task_struct *task)
-{
-	u64 cgroup = task_cgroup_id(task, option_controller);
-	u32 *id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
-
-	return id ? *id : 0;
 }
 
 static __always_inline u32 place_of_row(struct sams_task *row)
@@ -1500,13 +1497,9 @@ static __always_inline enum found settle_row(u64 key)
 static __always_inline void take_up(struct task_struct *task)
 {
 	struct sams_task row = {};
-	struct sams_slot *slot;
-	u64 cgroup;
-	u32 *id;
+	u32 id = place_of(task);
+	struct sams_slot *slot = id ? slot_of(id) : 0;
 
-	cgroup = task_cgroup_id(task, option_controller);
-	id = bpf_map_lookup_elem(MAP(cgroups), &cgroup);
-	slot = id ? slot_of(*id) : 0;
 	if (!slot || row_of(task, TYPED))
 		return;
 	if (LOAD(TYPED, task, exit_state) || LOAD(TYPED, task, flags) & PF_EXITING)

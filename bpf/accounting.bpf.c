@@ -465,9 +465,11 @@ static __always_inline int is_row_of(struct sams_task *row, struct task_struct *
 		return 1;
 	/* A thread that execs takes over the birth of its leader, and the two swap their
 	 * numbers (de_thread()). One that is being made is a copy of who makes it, the leader maybe,
-	 * but for whom it follows. */
+	 * but for whom it follows. One that has exited becomes nothing any more: a leader at its
+	 * address is that of a later process which got the number of the former. */
 	pid = LOAD(how, task, pid);
-	if (pid != tgid || row->pid == tgid || LOAD(how, task, group_leader) != task)
+	if (pid != tgid || row->pid == tgid || row->state & SAMS_ROW_EXITING ||
+	    LOAD(how, task, group_leader) != task)
 		return 0;
 	row->pid = pid;
 	row->start_ns = start_ns;
@@ -541,6 +543,51 @@ static __always_inline int has_threads(struct task_struct *task, enum typing how
 	return LOAD(how, signal, nr_threads) > 1;
 }
 
+/* ---- a second look at the dead ------------------------------------------------------ */
+
+/*
+ * The tasks of jobs that exited on this CPU wait in a queue. Each new task, exec and exit there,
+ * whosesoever, looks at the next one: once it has had its last switch, its counter is final. It
+ * is kept in the row, in case that the free goes unseen.
+ */
+static __always_inline struct sams_dying *dying_here(void)
+{
+	u32 zero = 0;
+
+	return option_exact ? 0 : bpf_map_lookup_elem(MAP(dying), &zero);
+}
+
+static __always_inline void wait_for_death(struct sams_dying *queue, u64 key)
+{
+	queue->task[queue->noted++ % SAMS_DYING] = key;
+	if (queue->noted - queue->looked > SAMS_DYING)
+		queue->looked++; /* the oldest had to give way */
+}
+
+static __always_inline void look_again(void)
+{
+	struct sams_dying *queue = dying_here();
+	struct task_struct *task;
+	struct sams_task *row;
+	u64 key, cpu_ns, begin;
+
+	if (!queue || queue->looked == queue->noted || is_off())
+		return;
+	begin = enter();
+	key = queue->task[queue->looked++ % SAMS_DYING];
+	task = (void *)key;
+	if (task_state(task, BARE) & TASK_DEAD) {
+		row = bpf_map_lookup_elem(MAP(tasks), &key);
+		cpu_ns = READ(task, se.sum_exec_runtime);
+		/* The birth last, so that what was read is this task's. */
+		if (row && row->start_ns == READ(task, start_boottime))
+			row->exit_ns = cpu_ns;
+	} else if (READ(task, flags) & PF_EXITING) {
+		wait_for_death(queue, key);
+	} /* else the memory is another task's */
+	leave(begin);
+}
+
 /* ---- new tasks -------------------------------------------------------------------- */
 
 static __always_inline void new_task(struct task_struct *child, struct task_struct *parent)
@@ -610,6 +657,7 @@ static __always_inline void new_task(struct task_struct *child, struct task_stru
 
 PROGRAM(on_new_task, "task_newtask")
 {
+	look_again();
 	new_task((void *)ARG(0), CURRENT());
 	return 0;
 }
@@ -654,6 +702,7 @@ static __always_inline void exec(struct task_struct *task, struct linux_binprm *
 
 PROGRAM(on_exec, "sched_process_exec")
 {
+	look_again();
 	exec((void *)ARG(0), (void *)ARG(2));
 	return 0;
 }
@@ -698,10 +747,11 @@ static __always_inline int process_died(struct task_struct *task, struct sams_ta
 	return 1;
 }
 
-/* What is known here is kept in the row, in case that the task's free is not seen. */
+/* What is known here is kept in the row, in case that nothing of the task is seen any more. */
 static __always_inline void exits(struct task_struct *task)
 {
 	struct sams_task *row = row_of(task, TYPED);
+	struct sams_dying *queue;
 	struct sams_slot *slot;
 	u64 begin;
 
@@ -715,11 +765,15 @@ static __always_inline void exits(struct task_struct *task)
 	row->exit_ns = cpu_of_current(task, slot);
 	if (process_died(task, row, slot))
 		row->died_pages = 1 + image_peak(task, row, LOAD(TYPED, task, mm));
+	queue = dying_here();
+	if (queue)
+		wait_for_death(queue, (u64)task);
 	leave(begin);
 }
 
 PROGRAM(on_exit, "sched_process_exit")
 {
+	look_again();
 	exits((void *)ARG(0));
 	return 0;
 }

@@ -118,6 +118,13 @@ struct {
 	__type(value, struct sams_cost);
 } costs SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct sams_dying);
+} dying SEC(".maps");
+
 /* Where a path is put together: one per program, since an interrupt may run another. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -56,7 +56,7 @@ enum sams_controller {
 enum sams_lost {
 	SAMS_LOST_TASKS_FULL,	    /* tasks without a row: their CPU went to the overflow row */
 	SAMS_LOST_EXECUTABLES_FULL, /* execs counted in the overflow row */
-	SAMS_LOST_MISSED_DEATHS,    /* tasks whose final counter was not seen */
+	SAMS_LOST_MISSED_DEATHS,    /* tasks whose free was not seen */
 	SAMS_LOST_THREADS,	    /* groups with more threads than one move can settle */
 	SAMS_LOST_SPLITS,	    /* boundaries settled without the running slice */
 	SAMS_LOST_CGROUPS_FULL,	    /* nested cgroups that could not be noted */
@@ -128,13 +128,21 @@ struct sams_task {
 	__u64 start_ns; /* start_boottime: tells a row from a later task at the same address */
 	__u64 rss_base_pages; /* signal->maxrss when the image began */
 	__u64 charged[SAMS_COLUMNS];
-	__u64 exit_ns;	  /* CPU at its exit: what is charged if its free goes unseen */
+	__u64 exit_ns;	  /* CPU at its exit, or after it: what is charged if its free goes unseen */
 	__u64 died_pages; /* its process died with it, and is not in the total yet: 1 + peak */
 };
 #define SAMS_IMAGE(index) ((__u64)(index) << 32)
 #define SAMS_IMAGE_EXEC	  0x80000000ULL /* it began by an exec */
 #define SAMS_IMAGE_FORKS  0x7fffffffULL
 #define SAMS_IMAGE_OWED	  0xffffffffULL
+
+/* Per CPU: the tasks of jobs that exited there, until they have been seen dead. */
+#define SAMS_DYING 16
+struct sams_dying {
+	__u64 noted;		/* so far: the tail of the queue */
+	__u64 looked;		/* at so many of them: its head */
+	__u64 task[SAMS_DYING]; /* addresses of their task_structs */
+};
 
 /* One row per live process that has, or had, several threads; key: the address of its
  * signal_struct. The row of an only thread says all that there is to say. */

@@ -53,7 +53,7 @@ MAPS: Final = (
     *("jobs", "claims", "remade", "splits", "node", "costs"),
 )
 # Of no use to a collector.
-_PROGRAMS_OWN: Final = ("clocks", "scratch", "moves")
+_PROGRAMS_OWN: Final = ("clocks", "scratch", "dying", "moves")
 # Moves under way; a task that sleeps is on its way until it runs again.
 _MOVES: Final = 4096
 _ZERO: Final = layout.U32.pack(0)

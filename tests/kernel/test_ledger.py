@@ -15,7 +15,7 @@ from jobs import SETUPS, Job, Options, Result, SetUp, allowed_ns, read_spool
 from scale import SCALE, times
 from workloads import until
 
-from sams_ebpf import wire
+from sams_ebpf import pins, wire
 
 pytestmark = pytest.mark.kernel
 
@@ -40,7 +40,7 @@ def unexplained_ns(ledger: wire.Ledger) -> int:
     return ledger.unattributed_cpu_ns - ledger.unattributed_by.get("before_attach", 0)
 
 
-def check(job: Job, case: Case, setup: SetUp, note: Note = lambda *_: None) -> None:
+def check(job: Job, case: Case, setup: SetUp, note: Note = lambda *_: None) -> Result:
     result = job.finish()
     ledger, processes, expected = result.ledger, result.processes, job.expected
     assert ledger.cgroup_cpu_ns is not None
@@ -73,6 +73,7 @@ def check(job: Job, case: Case, setup: SetUp, note: Note = lambda *_: None) -> N
         assert sum(ledger.lost.values()) > 0, "and it is counted"
     else:
         assert not overflow, ledger
+    return result
 
 
 def drive(
@@ -129,6 +130,35 @@ def test_the_ledger_closes_in_twenty_of_twenty_runs(
 ) -> None:
     for _ in range(20):
         drive(make_job, case, hierarchy, setup)
+
+
+@pytest.mark.parametrize(
+    ("case", "hierarchy"),
+    [
+        pytest.param(
+            case,
+            hierarchy,
+            id=f"{case.name}-{hierarchy}",
+            marks=[pytest.mark.soak] if hierarchy == "v1" and BOTH else [],
+        )
+        for case in CASES
+        for hierarchy in HIERARCHIES
+        if case.before is None and possible(case, hierarchy)
+    ],
+)
+def test_the_ledger_closes_though_no_free_is_seen(
+    make_job: MakeJob, case: Case, hierarchy: Hierarchy
+) -> None:
+    """Frees of tasks may go unseen, and their addresses and numbers come again: none is needed."""
+    quota = case.quota or 1000  # unlike any other job's: with a set of programs of its own
+    others = set(pins.folders())
+    job = make_job(hierarchy, options=Options(quota=quota, total_entries=case.total_entries))
+    for folder in set(pins.folders()) - others:
+        (folder / "link_on_free").unlink()
+    case.drive(job)
+    missed = check(job, case, "default").ledger.lost.get("missed_deaths", 0)
+    if case.name == "true_from_a_shell":
+        assert missed > 0, "no free was seen, and the report says so"
 
 
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)

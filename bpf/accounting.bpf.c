@@ -580,7 +580,7 @@ static __always_inline void look_again(void)
 		row = bpf_map_lookup_elem(MAP(tasks), &key);
 		cpu_ns = READ(task, se.sum_exec_runtime);
 		/* The birth last, so that what was read is this task's. */
-		if (row && row->start_ns == READ(task, start_boottime))
+		if (row && row->start_ns == READ(task, start_boottime) && is_possible(row, cpu_ns))
 			row->exit_ns = cpu_ns;
 	} else if (READ(task, flags) & PF_EXITING) {
 		wait_for_death(queue, key);

@@ -545,25 +545,28 @@ static __always_inline int has_threads(struct task_struct *task, enum typing how
 
 /* ---- a second look at the dead ------------------------------------------------------ */
 
-/*
- * The tasks of jobs that exited on this CPU wait in a queue. Each new task, exec and exit there,
- * whosesoever, looks at the next one: once it has had its last switch, its counter is final. It
- * is kept in the row, in case that the free goes unseen.
- */
 static __always_inline struct sams_dying *dying_here(void)
 {
 	u32 zero = 0;
 
+	/* The exact set-up sees the last switch itself. */
 	return option_exact ? 0 : bpf_map_lookup_elem(MAP(dying), &zero);
 }
 
 static __always_inline void wait_for_death(struct sams_dying *queue, u64 key)
 {
+	if (!queue)
+		return;
 	queue->task[queue->noted++ % SAMS_DYING] = key;
 	if (queue->noted - queue->looked > SAMS_DYING)
 		queue->looked++; /* the oldest had to give way */
 }
 
+/*
+ * The tasks of jobs that exited on this CPU wait in a queue. Each new task, exec and exit there,
+ * whosesoever, looks at the next one: once it has had its last switch, its counter is final. It
+ * is kept in the row, in case that the free goes unseen.
+ */
 static __always_inline void look_again(void)
 {
 	struct sams_dying *queue = dying_here();
@@ -751,7 +754,6 @@ static __always_inline int process_died(struct task_struct *task, struct sams_ta
 static __always_inline void exits(struct task_struct *task)
 {
 	struct sams_task *row = row_of(task, TYPED);
-	struct sams_dying *queue;
 	struct sams_slot *slot;
 	u64 begin;
 
@@ -765,9 +767,7 @@ static __always_inline void exits(struct task_struct *task)
 	row->exit_ns = cpu_of_current(task, slot);
 	if (process_died(task, row, slot))
 		row->died_pages = 1 + image_peak(task, row, LOAD(TYPED, task, mm));
-	queue = dying_here();
-	if (queue)
-		wait_for_death(queue, (u64)task);
+	wait_for_death(dying_here(), (u64)task);
 	leave(begin);
 }
 
@@ -1518,9 +1518,9 @@ static __always_inline enum found settle_row(u64 key)
 	/* Last, so that what was read above was this task's; but of a task whose free went unseen
 	 * one page may be another's already, and the next not yet. */
 	if (!slot || !is_row_of(row, task, BARE) || !is_possible(row, now.of[SAMS_CPU])) {
-		/* In the middle of becoming its leader; or of being made at this address, and then
-		 * looked at when it is done. */
-		if (slot && READ(task, tgid) == (int)row->tgid && is_leader(task, BARE) &&
+		/* In the middle of becoming its leader, as no dead thread does; or of being made at
+		 * this address, and then looked at when it is done. */
+		if (slot && !exiting && READ(task, tgid) == (int)row->tgid && is_leader(task, BARE) &&
 		    row->pid != row->tgid)
 			return SETTLED;
 		/* Freed just now, and seen: its row is gone, or another task's already. */

@@ -153,7 +153,7 @@ def test_the_ledger_closes_though_no_free_is_seen(
     others = set(pins.folders())
     job = make_job(hierarchy, options=Options(quota=quota, total_entries=case.total_entries))
     links = [folder / "link_on_free" for folder in set(pins.folders()) - others]
-    assert links
+    assert links, "the job has a set of its own: none is loaded to stay"
     for link in links:
         link.unlink()
     case.drive(job)
@@ -166,9 +166,9 @@ def test_thousands_of_moves(
     make_job: MakeJob, record_property: Note, hierarchy: Hierarchy, clocks: bool
 ) -> None:
     """Charges every few microseconds, and long ones: however one and a move overlap is met."""
-    job = make_job(hierarchy, options=Options(setup="exact"))
-    moved(2, moves=times(2000, 100), pause_us=100, clocks=clocks)(job)
-    check(job, Case("many_moves", lambda _: None, moves=True), "exact", record_property)
+    drives = moved(2, moves=times(2000, 100), pause_us=100, clocks=clocks)
+    case = Case("many_moves", drives, moves=True)
+    drive(make_job, case, hierarchy, "exact", record_property)
 
 
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)
